@@ -1,0 +1,1 @@
+//! The index of `IceCache`: trees whose leaves are pages of keys and values.

@@ -1,0 +1,1 @@
+//! Properties of the index, checked against slow and obvious models.
