@@ -1,23 +1,61 @@
-# Everything happens in virtual environments inside the checkout; stamps make a second run cheap.
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-OLDEST := .venv-oldest
-RUST_SOURCES := $(shell find rust -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock
+# Everything happens in virtual environments inside the checkout; stamp files make a second run cheap.
+PYTHON  ?= python3
+BIN     := .venv/bin
+OLDEST  := .venv-oldest/bin
+PYTEST  := HYPOTHESIS_PROFILE=ci HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+RUST    := $(shell find rust -name '*.rs') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: demo test lint bench build venv oldest test-rust test-python test-oldest clean
+.PHONY: demo test lint bench build wheel test-rust test-python test-oldest clean
+.DELETE_ON_ERROR:
 
-venv: $(VENV)/.installed
-$(VENV)/.installed: pyproject.toml requirements-dev.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
-	touch $@
-
-build: $(VENV)/.built
-$(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES) pyproject.toml
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/maturin develop --release -q
-	touch $@
+build: .venv/.built
 
 demo: build
 	$(BIN)/icecache demo $(ARGS)
+
+test: lint test-rust test-oldest test-python
+
+bench: build
+	cargo bench -p icecache-core
+	$(BIN)/python benches/python/bench_mass.py
+
+lint: build
+	cargo fmt --all --check
+	cargo clippy -q --workspace --all-targets -- -D warnings
+	$(BIN)/ruff format --check -q python kernels tests benches
+	$(BIN)/ruff check -q python kernels tests benches
+	$(BIN)/mypy
+	$(PYTEST) $(BIN)/python -m pytest tests/python/structure
+
+test-rust:
+	cargo test -q --workspace --exclude icecache-py
+
+test-python: build
+	$(PYTEST) $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/python/structure
+
+# The seam and the models on the oldest supported torch and transformers.
+test-oldest: build .venv-oldest/.installed
+	PYTHONPATH=python $(PYTEST) $(OLDEST)/python -m pytest -n $(WORKERS) tests/python/models
+
+.venv/.installed: requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv-oldest/.installed: requirements-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/pip install -q --disable-pip-version-check -r requirements-oldest.txt
+	touch $@
+
+.venv/.built: .venv/.installed $(RUST) pyproject.toml
+	PATH=$(CURDIR)/$(BIN):$$PATH VIRTUAL_ENV=$(CURDIR)/.venv $(BIN)/maturin develop --release -q >.venv/build.log 2>&1 \
+		|| { cat .venv/build.log; exit 1; }
+	touch $@
+
+wheel: .venv/.installed
+	$(BIN)/maturin build --release -q --out dist
+
+clean:
+	rm -rf target dist .venv .venv-oldest python/icecache/_core*.so

@@ -1,0 +1,1 @@
+"""Data and measurements that the benchmarks share."""
