@@ -216,7 +216,7 @@ def _sharpen(queries: Floats, keys: Floats, rng: np.random.Generator) -> Floats:
     logits = (queries @ keys.T) / math.sqrt(queries.shape[1])
     logits.sort(1)
     goals = rng.uniform(0.55, 0.98, len(queries))
-    out = queries.copy()
+    out: Floats = queries.copy()
     for i, row in enumerate(logits.astype(np.float64)):
         low, high = 1e-3, 1e3
         for _ in range(40):
