@@ -1,0 +1,1 @@
+"""Proof that the answers stay right under a budget: task generators, runners and scores."""
