@@ -1,1 +1,3 @@
 //! Properties of the index, checked against slow and obvious models.
+
+mod basics;

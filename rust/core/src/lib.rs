@@ -1,1 +1,50 @@
 //! The index of `IceCache`: trees whose leaves are pages of keys and values.
+//!
+//! A [`Forest`] is one sequence of one layer: one tree ([`HeadIndex`]) per KV head, all of the same length. A tree is
+//! a list of sealed, immutable segments of 1024 consecutive tokens, packed into pages of similar keys, and a tail of
+//! open pages that takes the newest tokens. Pages live in a [`PageStore`]. [`extend`] adds tokens to many sequences,
+//! [`search`] returns a [`Selection`] of pages for every KV head; both run on the Rayon pool they are given.
+//!
+//! Searches take no lock: they load one snapshot and read memory that is immutable or published with `Release`.
+//! Writers of one tree exclude each other with a mutex. `README.md` beside this crate has the protocol.
+
+mod arena;
+mod brute;
+mod config;
+mod digest;
+mod error;
+mod extend;
+mod forest;
+mod head;
+mod ids;
+mod layout;
+mod math;
+mod pack;
+mod page;
+mod plan;
+mod rows;
+mod search;
+mod segment;
+mod selection;
+mod simd;
+mod snapshot;
+mod split;
+mod sync;
+mod tail;
+mod tokens;
+mod validate;
+
+pub use arena::{HeapSlabs, PageStore, SlabAllocator, StoreOptions};
+pub use brute::{brute_pages, brute_tokens};
+pub use config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, SearchOptions};
+pub use error::{Error, Result};
+pub use extend::{ExtendRow, extend};
+pub use forest::{Counters, Forest};
+pub use head::HeadIndex;
+pub use ids::{PageId, PageRef};
+pub use layout::{Dtype, PageLayout};
+pub use search::search;
+pub use selection::{Selection, all_pages, select_pages};
+pub use simd::instruction_set;
+pub use snapshot::{PageView, View};
+pub use tokens::{Metric, TokenHits, TokenOptions, search_tokens};

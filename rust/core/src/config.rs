@@ -1,0 +1,78 @@
+//! Sizes of the structure and the options of a search.
+#![forbid(unsafe_code)]
+
+use crate::error::{Error, Result};
+
+/// Tokens of a page: the leaf of the tree and the unit of transfer.
+pub const PAGE_TOKENS: usize = 16;
+/// Consecutive tokens that are packed into one immutable segment. Measured: 1024 to 2048 lose nothing against packing
+/// the whole sequence at once, and cost `n * 1024 / 32` dot products instead of `n * n`.
+pub const SEGMENT_TOKENS: usize = 1024;
+/// Most pages of a segment, and the stride of page ordinals per segment.
+pub const SEGMENT_PAGES: usize = SEGMENT_TOKENS / PAGE_TOKENS;
+/// Pages of a super-group: one block of the summary scan.
+pub(crate) const GROUP_PAGES: usize = 16;
+/// Super-groups of a full segment.
+pub(crate) const SEGMENT_GROUPS: usize = SEGMENT_PAGES / GROUP_PAGES;
+/// Neighbours of a seed that the packing ranks again (32 is as good as all, measured).
+pub(crate) const PACK_CANDIDATES: usize = 32;
+/// Re-ranking rounds of the packing against the members' mean.
+pub(crate) const PACK_ROUNDS: usize = 2;
+/// Fewest pages that the second stage scores exactly: with fewer, noise-like keys lose 4 points of mass at 4 pages.
+pub(crate) const MIN_CANDIDATES: usize = 96;
+/// Sealed pages above which super-groups are visited instead of all summaries.
+pub(crate) const FLAT_PAGES: usize = 4096;
+/// Default of [`SearchOptions::probe_mass`].
+pub(crate) const PROBE_MASS: f32 = 0.9;
+
+/// How a search ranks and how much it looks at.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SearchOptions {
+    /// Pages wanted per KV head.
+    pub k: usize,
+    /// Factor of `query . key` before the softmax; the attention module's own.
+    pub scaling: f32,
+    /// `softcap * tanh(logit / softcap)` is applied to scaled logits when given.
+    pub softcap: Option<f32>,
+    /// Pages scored exactly; default `max(6 k, 96)`. Raised to `k` when smaller.
+    pub candidates: Option<usize>,
+    /// Estimated share of the softmax mass that the visited super-groups must hold, in `(0, 1]`. Used above
+    /// 4096 sealed pages; 1 visits all.
+    pub probe_mass: Option<f32>,
+    /// Score every page exactly.
+    pub exact: bool,
+}
+
+impl SearchOptions {
+    /// Options with all defaults for `k` pages and the given scaling.
+    #[must_use]
+    pub fn new(k: usize, scaling: f32) -> Self {
+        Self { k, scaling, softcap: None, candidates: None, probe_mass: None, exact: false }
+    }
+
+    /// Pages that the second stage scores.
+    pub(crate) fn n_candidates(&self) -> usize {
+        if self.exact {
+            return usize::MAX;
+        }
+        self.candidates.unwrap_or_else(|| self.k.saturating_mul(6).max(MIN_CANDIDATES)).max(self.k)
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let wrong = |name, expected, received: String| Err(Error::Option { name, expected, received });
+        if !(self.scaling.is_finite() && self.scaling > 0.0) {
+            return wrong("scaling", "a positive finite number", self.scaling.to_string());
+        }
+        if let Some(cap) = self.softcap
+            && !(cap.is_finite() && cap > 0.0)
+        {
+            return wrong("softcap", "a positive finite number", cap.to_string());
+        }
+        if let Some(mass) = self.probe_mass
+            && !(mass > 0.0 && mass <= 1.0)
+        {
+            return wrong("probe_mass", "a number in (0, 1]", mass.to_string());
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,230 @@
+//! A sequence of one layer: one tree per KV head, all of the same length.
+#![forbid(unsafe_code)]
+
+use crate::arena::{Lease, PageStore};
+use crate::config::SEGMENT_TOKENS;
+use crate::error::{Error, Result};
+use crate::head::HeadIndex;
+use crate::page::Owner;
+use crate::snapshot::View;
+use crate::sync::{Arc, AtomicUsize, Mutex, MutexGuard, Ordering, lock};
+use crate::tail::TailMeans;
+
+/// What happened to a forest so far, summed over its heads.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Tokens inserted one by one into a tail.
+    pub inserts: u64,
+    /// Pages split.
+    pub splits: u64,
+    /// Segments packed.
+    pub seals: u64,
+    /// Segments now.
+    pub segments: u64,
+    /// Tokens in tails now.
+    pub tail_tokens: u64,
+}
+
+/// State only writers touch.
+#[derive(Debug)]
+pub(crate) struct Writer {
+    pub(crate) owner: Arc<Owner>,
+    /// Means of the tail's pages per head, if known.
+    pub(crate) means: Vec<Option<TailMeans>>,
+    pub(crate) counters: Counters,
+}
+
+/// One sequence of one layer. Writers exclude each other; readers are never delayed.
+#[derive(Debug)]
+pub struct Forest {
+    store: Arc<PageStore>,
+    heads: Vec<HeadIndex>,
+    /// Tokens that all heads have published.
+    tokens: AtomicUsize,
+    writer: Mutex<Writer>,
+}
+
+impl Forest {
+    /// An empty sequence.
+    ///
+    /// # Errors
+    /// If `n_heads` is 0 or above 65536.
+    pub fn new(store: Arc<PageStore>, n_heads: usize) -> Result<Self> {
+        if n_heads == 0 || n_heads > 1 << 16 {
+            let received = n_heads.to_string();
+            return Err(Error::Option { name: "n_kv_heads", expected: "1..=65536", received });
+        }
+        let heads = (0..n_heads).map(|_| HeadIndex::new(Arc::clone(&store))).collect();
+        Ok(Self::from_parts(store, heads, 0))
+    }
+
+    fn from_parts(store: Arc<PageStore>, heads: Vec<HeadIndex>, tokens: usize) -> Self {
+        let means = heads.iter().map(|_| None).collect();
+        let writer = Writer { owner: Arc::default(), means, counters: Counters::default() };
+        Self { store, heads, tokens: AtomicUsize::new(tokens), writer: Mutex::new(writer) }
+    }
+
+    /// Store of its pages.
+    #[must_use]
+    pub fn store(&self) -> &Arc<PageStore> {
+        &self.store
+    }
+
+    /// Its trees.
+    #[must_use]
+    pub fn heads(&self) -> &[HeadIndex] {
+        &self.heads
+    }
+
+    /// Number of KV heads.
+    #[must_use]
+    pub fn n_heads(&self) -> usize {
+        self.heads.len()
+    }
+
+    /// Tokens, removed ones included.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        // Acquire: pairs with the Release in `grow`; every tree shows at least this many tokens.
+        self.tokens.load(Ordering::Acquire)
+    }
+
+    /// Whether it has no token.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Pages per head.
+    #[must_use]
+    pub fn n_pages(&self) -> Vec<usize> {
+        self.heads.iter().map(|head| head.view().n_pages()).collect()
+    }
+
+    pub(crate) fn grow(&self, n: usize) {
+        // Release: pairs with the Acquire in `len`; called by the one writer after all trees were published.
+        self.tokens.fetch_add(n, Ordering::Release);
+    }
+
+    pub(crate) fn lock_writer(&self) -> MutexGuard<'_, Writer> {
+        lock(&self.writer)
+    }
+
+    /// A sequence that shares all pages with this one. Tail pages are copied when the fork first appends to them, so
+    /// neither sees tokens that the other adds. Blocking: waits for a writer.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        let _writer = self.lock_writer();
+        let heads = self.heads.iter().map(HeadIndex::fork).collect();
+        Self::from_parts(Arc::clone(&self.store), heads, self.len())
+    }
+
+    /// Keeps the first `n` tokens; afterwards the forest equals one built from them. Blocking: waits for a writer.
+    ///
+    /// # Errors
+    /// If `n` exceeds the length or the store has no room to pack the cut segment again; nothing changes then.
+    pub fn crop(&self, n: usize) -> Result<()> {
+        let mut writer = self.lock_writer();
+        let len = self.len();
+        if n > len {
+            return Err(Error::OutOfRange { name: "n_tokens", limit: len, received: n });
+        }
+        if n == len {
+            return Ok(());
+        }
+        let views: Vec<View> = self.heads.iter().map(HeadIndex::view).collect();
+        let leases = views
+            .iter()
+            .map(|view| self.store.lease(HeadIndex::pages_for_crop(view, n)))
+            .collect::<Result<Vec<Lease>>>()?;
+        for ((head, view), lease) in self.heads.iter().zip(&views).zip(leases) {
+            head.publish(HeadIndex::crop(view, n, lease, &writer.owner));
+        }
+        writer.means.fill(None);
+        // Release: pairs with the Acquire in `len`.
+        self.tokens.store(n, Ordering::Release);
+        Ok(())
+    }
+
+    /// Marks tokens of all heads dead, in one step per head; searches that start afterwards do not see them. Returns
+    /// how many were alive. Their memory is freed when their page is packed again. Blocking: waits for a writer.
+    ///
+    /// # Errors
+    /// If a token is not below the length; nothing changes then.
+    pub fn remove(&self, tokens: &[usize]) -> Result<usize> {
+        let mut writer = self.lock_writer();
+        let len = self.len();
+        if let Some(&received) = tokens.iter().find(|&&token| token >= len) {
+            return Err(Error::OutOfRange { name: "token", limit: len.saturating_sub(1), received });
+        }
+        let mut removed = 0;
+        for head in &self.heads {
+            let (snapshot, n) = HeadIndex::remove(&head.view(), tokens);
+            removed = n;
+            if n > 0 {
+                head.publish(snapshot);
+            }
+        }
+        writer.means.fill(None);
+        Ok(removed)
+    }
+
+    /// Copies the rows of tokens `start..stop` into `[n_heads, stop - start, dim]` buffers; rows of removed tokens
+    /// become zeros. Wait-free.
+    ///
+    /// # Errors
+    /// If the range or a buffer does not fit.
+    pub fn read(&self, start: usize, stop: usize, out_keys: &mut [u8], out_values: &mut [u8]) -> Result<()> {
+        let len = self.len();
+        if stop > len {
+            return Err(Error::OutOfRange { name: "stop", limit: len, received: stop });
+        }
+        if start > stop {
+            return Err(Error::OutOfRange { name: "start", limit: stop, received: start });
+        }
+        let layout = self.store.layout();
+        let (n, key, value) = (stop - start, layout.key_bytes(), layout.value_bytes());
+        check_length("out_keys", self.n_heads() * n * key, out_keys.len())?;
+        check_length("out_values", self.n_heads() * n * value, out_values.len())?;
+        out_keys.fill(0);
+        out_values.fill(0);
+        for (h, head) in self.heads.iter().enumerate() {
+            let view = head.view();
+            if view.tokens() < stop {
+                return Err(Error::OutOfRange { name: "stop", limit: view.tokens(), received: stop });
+            }
+            for (position, row) in view.rows(start, stop) {
+                let i = h * n + position - start;
+                out_keys[i * key..][..key].copy_from_slice(row.key);
+                out_values[i * value..][..value].copy_from_slice(row.value);
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of the index beside its pages; segments shared with forks are counted by each.
+    #[must_use]
+    pub fn index_bytes(&self) -> usize {
+        let writer = self.lock_writer();
+        let means: usize = writer.means.iter().flatten().map(TailMeans::heap_bytes).sum();
+        means + self.heads.iter().map(HeadIndex::heap_bytes).sum::<usize>()
+    }
+
+    /// What happened so far and what the forest holds now. Blocking: waits for a writer.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let writer = self.lock_writer();
+        let (mut segments, mut tail_tokens) = (0, 0);
+        for head in &self.heads {
+            let view = head.view();
+            segments += view.snapshot().segments.len() as u64;
+            tail_tokens += u64::from(view.tail_limit());
+        }
+        debug_assert_eq!(segments as usize, self.len() / SEGMENT_TOKENS * self.n_heads(), "segments follow the length");
+        Counters { segments, tail_tokens, ..writer.counters }
+    }
+}
+
+pub(crate) fn check_length(argument: &'static str, expected: usize, received: usize) -> Result<()> {
+    if expected == received { Ok(()) } else { Err(Error::Length { argument, expected, received }) }
+}

@@ -1,0 +1,102 @@
+//! Element types and the shape of a page.
+#![forbid(unsafe_code)]
+
+use crate::config::PAGE_TOKENS;
+use crate::error::{Error, Result};
+
+/// Element type of keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// The upper half of binary32.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    #[must_use]
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+
+    /// `float32`, `float16` or `bfloat16`.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::Bf16 => "bfloat16",
+        }
+    }
+
+    /// The type called `name`.
+    ///
+    /// # Errors
+    /// If the name is none of the three.
+    pub fn parse(name: &str) -> Result<Self> {
+        match name {
+            "float32" => Ok(Self::F32),
+            "float16" => Ok(Self::F16),
+            "bfloat16" => Ok(Self::Bf16),
+            _ => Err(Error::Option {
+                name: "dtype",
+                expected: "float32, float16 or bfloat16",
+                received: name.to_owned(),
+            }),
+        }
+    }
+}
+
+/// A page is `[16, key_dim]` keys followed by `[16, value_dim]` values, padded to 64 bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageLayout {
+    /// Element type of both halves.
+    pub dtype: Dtype,
+    /// Elements of a key, at least 1.
+    pub key_dim: usize,
+    /// Elements of a value; 0 for an index of keys only.
+    pub value_dim: usize,
+}
+
+/// Largest accepted dim: keeps byte counts and integer dot products far from overflow.
+const MAX_DIM: usize = 1 << 16;
+
+impl PageLayout {
+    /// A checked layout.
+    ///
+    /// # Errors
+    /// If `key_dim` is 0 or a dim exceeds 65536.
+    pub fn new(dtype: Dtype, key_dim: usize, value_dim: usize) -> Result<Self> {
+        if key_dim == 0 || key_dim > MAX_DIM {
+            return Err(Error::Option { name: "key_dim", expected: "1..=65536", received: key_dim.to_string() });
+        }
+        if value_dim > MAX_DIM {
+            return Err(Error::Option { name: "value_dim", expected: "0..=65536", received: value_dim.to_string() });
+        }
+        Ok(Self { dtype, key_dim, value_dim })
+    }
+
+    /// Bytes of one key.
+    #[must_use]
+    pub fn key_bytes(&self) -> usize {
+        self.key_dim * self.dtype.size()
+    }
+
+    /// Bytes of one value.
+    #[must_use]
+    pub fn value_bytes(&self) -> usize {
+        self.value_dim * self.dtype.size()
+    }
+
+    /// Bytes of one page.
+    #[must_use]
+    pub fn page_bytes(&self) -> usize {
+        (PAGE_TOKENS * (self.key_bytes() + self.value_bytes())).next_multiple_of(64)
+    }
+}

@@ -1,0 +1,42 @@
+//! Rows of keys or values as raw bytes: decoding and checking.
+#![forbid(unsafe_code)]
+
+use half::{bf16, f16};
+
+use crate::layout::Dtype;
+
+/// Decodes little-endian elements.
+pub(crate) fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => {
+            for (x, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *x = f32::from_le_bytes(*b);
+            }
+        }
+        Dtype::F16 => {
+            for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *x = f16::from_le_bytes(*b).to_f32();
+            }
+        }
+        Dtype::Bf16 => {
+            for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *x = bf16::from_le_bytes(*b).to_f32();
+            }
+        }
+    }
+}
+
+/// Whether all elements are finite: no exponent is all ones.
+pub(crate) fn is_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    let finite16 =
+        |mask: u16| bytes.as_chunks::<2>().0.iter().fold(true, |ok, b| ok & (u16::from_le_bytes(*b) & mask != mask));
+    match dtype {
+        Dtype::F32 => bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .fold(true, |ok, b| ok & (u32::from_le_bytes(*b) & 0x7f80_0000 != 0x7f80_0000)),
+        Dtype::F16 => finite16(0x7c00),
+        Dtype::Bf16 => finite16(0x7f80),
+    }
+}

@@ -1,0 +1,206 @@
+//! The search of one tree.
+#![forbid(unsafe_code)]
+
+use std::cell::RefCell;
+
+use super::exact::PageScorer;
+use super::quantised::QuantisedQueries;
+use super::rank::top_keys;
+use super::scan::{Scan, ordinal};
+use crate::config::{SEGMENT_PAGES, SearchOptions};
+use crate::math::{log_sum, rank_index, rank_key};
+use crate::simd::{BLOCK, Logit, kernels};
+use crate::snapshot::View;
+
+/// Where one head's result goes.
+#[derive(Debug)]
+pub(crate) struct HeadOut<'a> {
+    /// Ordinals of the chosen pages, best first; `u32::MAX` for none.
+    pub(crate) ordinals: &'a mut [u32],
+    /// Share of the group's mass, averaged over its heads.
+    pub(crate) scores: &'a mut [f32],
+    /// `[group, 2]`: log-sum-exp of all pages, and of the chosen ones.
+    pub(crate) lse: &'a mut [f32],
+    /// Summaries scored.
+    pub(crate) visited: &'a mut i64,
+}
+
+/// Buffers of a search, reused by all searches of a thread.
+#[derive(Debug, Default)]
+pub(crate) struct Scratch {
+    queries: QuantisedQueries,
+    scan: Scan,
+    /// `[group, columns]`: logits of the scanned lanes, then of the tail; later their masses.
+    logits: Vec<f32>,
+    /// Estimated mass per scanned lane, summed over the group.
+    weights: Vec<f32>,
+    keys: Vec<u64>,
+    /// Largest logit per head.
+    max: Vec<f32>,
+    dots: Vec<f32>,
+    exact: ExactScores,
+}
+
+/// Pages that were scored exactly.
+#[derive(Debug, Default)]
+struct ExactScores {
+    ordinals: Vec<u32>,
+    /// Column of each page in `Scratch::logits`.
+    columns: Vec<u32>,
+    /// `[group, capacity]`: maximum, later mass.
+    masses: Vec<f32>,
+    /// `[group, capacity]`: sum of `exp(logit - maximum)`.
+    sums: Vec<f32>,
+    /// Row stride of `masses` and `sums`.
+    capacity: usize,
+}
+
+impl Scratch {
+    /// Runs `f` with the scratch of this thread.
+    pub(crate) fn with<R>(f: impl FnOnce(&mut Self) -> R) -> R {
+        thread_local! {
+            static SCRATCH: RefCell<Scratch> = RefCell::default();
+        }
+        SCRATCH.with(|scratch| match scratch.try_borrow_mut() {
+            Ok(mut scratch) => f(&mut scratch),
+            // A search inside a search on the same thread (work stealing while waiting): rare, so it may allocate.
+            Err(_) => f(&mut Self::default()),
+        })
+    }
+}
+
+/// Searches one tree with `[group, key_dim]` queries.
+pub(crate) fn search_head(
+    view: &View,
+    queries: &[f32],
+    options: &SearchOptions,
+    scratch: &mut Scratch,
+    out: HeadOut<'_>,
+) {
+    out.ordinals.fill(u32::MAX);
+    out.scores.fill(0.0);
+    out.lse.fill(f32::NEG_INFINITY);
+    *out.visited = 0;
+    let group = out.lse.len() / 2;
+    let Some(layout) = view.layout() else { return };
+    if group == 0 {
+        return;
+    }
+    let logit = Logit { scaling: options.scaling, softcap: options.softcap.unwrap_or(0.0) };
+    let Scratch { queries: quantised, scan, logits, weights, keys, max, dots, exact } = scratch;
+    quantised.set(queries, layout.key_dim, |x| x);
+    max.clear();
+    max.resize(group, f32::NEG_INFINITY);
+    scan.visit_all(view);
+    let n_scanned = scan.blocks.len() * BLOCK;
+    let n_tail = view.snapshot().tail.len();
+    let stride = n_scanned + n_tail;
+    logits.clear();
+    logits.resize(group * stride, f32::NEG_INFINITY);
+    scan.run(view, quantised, logit, stride, logits, max);
+    let mut scorer = PageScorer { layout, queries, logit, dots };
+    exact.reset(group, options.n_candidates().min(n_scanned) + n_tail);
+    for t in 0..n_tail {
+        let ordinal = view.snapshot().segments.len() * SEGMENT_PAGES + t;
+        exact.add(view, ordinal, n_scanned + t, &mut scorer);
+    }
+    *out.visited = (n_scanned + exact.ordinals.len()) as i64;
+    for g in 0..group {
+        for (i, &column) in exact.columns.iter().enumerate() {
+            let at = g * exact.capacity + i;
+            logits[g * stride + column as usize] = log_sum(exact.masses[at], exact.sums[at]);
+            max[g] = max[g].max(exact.masses[at]);
+        }
+    }
+    weigh(logits, stride, n_scanned, max, weights);
+    keys.clear();
+    for (i, &block) in scan.blocks.iter().enumerate() {
+        let entry = &view.snapshot().segments[block as usize * BLOCK / SEGMENT_PAGES];
+        let first = block as usize * BLOCK % SEGMENT_PAGES;
+        for (lane, ln_count) in entry.ln_counts()[first..first + BLOCK].iter().enumerate() {
+            if *ln_count >= 0.0 {
+                keys.push(rank_key(weights[i * BLOCK + lane], (i * BLOCK + lane) as u32));
+            }
+        }
+    }
+    top_keys(keys, options.n_candidates());
+    // In memory order, which is kinder to the prefetcher.
+    keys.sort_unstable_by_key(|key| rank_index(*key));
+    for column in keys.iter().map(|key| rank_index(*key) as usize) {
+        exact.add(view, ordinal(scan.blocks[column / BLOCK], column % BLOCK), column, &mut scorer);
+    }
+    exact.finish(logits, stride, max, keys, out);
+}
+
+/// Turns logits into masses relative to `max` and sums the normalised masses of the scanned lanes over the heads.
+fn weigh(logits: &mut [f32], stride: usize, n_scanned: usize, max: &[f32], weights: &mut Vec<f32>) {
+    let kernels = kernels();
+    weights.clear();
+    weights.resize(n_scanned, 0.0);
+    for (masses, &max) in logits.chunks_exact_mut(stride.max(1)).zip(max) {
+        if max > f32::NEG_INFINITY {
+            let sum = (kernels.exp_sum)(masses, max);
+            (kernels.add_scaled)(weights, &masses[..n_scanned], 1.0 / sum);
+        }
+    }
+}
+
+impl ExactScores {
+    fn reset(&mut self, group: usize, capacity: usize) {
+        self.ordinals.clear();
+        self.columns.clear();
+        self.capacity = capacity;
+        self.masses.resize(group * capacity, 0.0);
+        self.sums.resize(group * capacity, 0.0);
+    }
+
+    fn add(&mut self, view: &View, ordinal: usize, column: usize, scorer: &mut PageScorer<'_>) {
+        let Some(page) = view.page(ordinal) else { return };
+        let (i, capacity) = (self.ordinals.len(), self.capacity);
+        let (masses, sums) = (&mut self.masses, &mut self.sums);
+        scorer.score(&page, |g, max, sum| {
+            masses[g * capacity + i] = max;
+            sums[g * capacity + i] = sum;
+        });
+        self.ordinals.push(ordinal as u32);
+        self.columns.push(column as u32);
+    }
+
+    /// Replaces the estimates of the scored pages by their exact masses and writes the best of them.
+    fn finish(&mut self, estimates: &mut [f32], stride: usize, max: &mut [f32], keys: &mut Vec<u64>, out: HeadOut<'_>) {
+        let n = self.ordinals.len();
+        let kernels = kernels();
+        let group = max.len();
+        let mut scores = vec![0.0_f32; n];
+        for g in 0..group {
+            let masses = &mut self.masses[g * self.capacity..][..n];
+            let estimates = &mut estimates[g * stride..][..stride];
+            for &column in &self.columns {
+                estimates[column as usize] = 0.0;
+            }
+            let top = masses.iter().copied().fold(max[g], f32::max);
+            let mut shift = [max[g]];
+            let rest = (kernels.sum)(estimates) * (kernels.exp_sum)(&mut shift, top);
+            (kernels.exp_sum)(masses, top);
+            masses.iter_mut().zip(&self.sums[g * self.capacity..][..n]).for_each(|(mass, sum)| *mass *= sum);
+            let total = rest + (kernels.sum)(masses);
+            max[g] = top;
+            out.lse[2 * g] = log_sum(top, total);
+            (kernels.add_scaled)(&mut scores, masses, 1.0 / (total * group as f32));
+        }
+        keys.clear();
+        keys.extend(scores.iter().enumerate().map(|(i, &score)| rank_key(score, i as u32)));
+        keys.sort_unstable_by(|a, b| b.cmp(a));
+        keys.truncate(out.ordinals.len());
+        for (place, key) in keys.iter().enumerate() {
+            let i = rank_index(*key) as usize;
+            out.ordinals[place] = self.ordinals[i];
+            out.scores[place] = scores[i];
+        }
+        for g in 0..group {
+            let masses = &self.masses[g * self.capacity..][..n];
+            let chosen: f32 = keys.iter().map(|key| masses[rank_index(*key) as usize]).sum();
+            out.lse[2 * g + 1] = log_sum(max[g], chosen);
+        }
+    }
+}

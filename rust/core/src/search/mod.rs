@@ -1,0 +1,85 @@
+//! Finding the pages with the largest attention mass, for all query heads of a KV head at once.
+//!
+//! Stage 1 estimates every page's log-sum-exp as `query . mean * scaling + ln count` from int8 means, normalises per
+//! head and sums the masses over the group. Stage 2 computes the exact log-sum-exp of the best `max(6 k, 96)` pages
+//! from their keys. The tail has no summaries: its pages are scored exactly in stage 1.
+#![forbid(unsafe_code)]
+
+mod exact;
+mod head;
+mod quantised;
+mod rank;
+mod scan;
+
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use crate::config::SearchOptions;
+use crate::error::{Error, Result};
+use crate::forest::{Forest, check_length};
+use crate::selection::Selection;
+use crate::snapshot::View;
+
+pub(crate) use exact::live_dots;
+pub(crate) use head::{HeadOut, Scratch, search_head};
+pub(crate) use quantised::QuantisedQueries;
+pub(crate) use rank::top_keys;
+pub(crate) use scan::Scan;
+
+/// Searches every KV head of every forest with its group of queries, `[rows, heads, group, key_dim]`.
+///
+/// Wait-free with respect to writers. One task is one (row, head), 20 to 200 us; a single one runs on the calling
+/// thread. The result does not depend on the number of threads.
+///
+/// # Errors
+/// If the forests differ in shape, a length does not fit, a query is not finite or an option is out of range.
+pub fn search(
+    pool: &ThreadPool,
+    forests: &[&Forest],
+    queries: &[f32],
+    group: usize,
+    options: &SearchOptions,
+) -> Result<Selection> {
+    options.check()?;
+    let (n_heads, dim) = common_shape(forests)?;
+    check_length("queries", forests.len() * n_heads * group * dim, queries.len())?;
+    check_queries(queries, n_heads, group, dim)?;
+    let views: Vec<View> = forests.iter().flat_map(|f| f.heads()).map(crate::head::HeadIndex::view).collect();
+    let most_pages = views.iter().map(View::n_pages).max().unwrap_or(0);
+    let mut selection = Selection::empty(views, n_heads, options.k.min(most_pages), group, layout_of(forests));
+    let per_head = group * dim;
+    let task = |(head, (view, out)): (usize, (&View, HeadOut<'_>))| {
+        Scratch::with(|scratch| search_head(view, &queries[head * per_head..][..per_head], options, scratch, out));
+    };
+    let (views, outputs) = selection.parts_mut();
+    if views.len() <= 1 || pool.current_num_threads() == 1 {
+        views.iter().zip(outputs).enumerate().for_each(task);
+    } else {
+        pool.install(|| views.par_iter().zip(outputs.into_par_iter()).enumerate().for_each(task));
+    }
+    Ok(selection)
+}
+
+/// Heads and key dim shared by all forests.
+pub(crate) fn common_shape(forests: &[&Forest]) -> Result<(usize, usize)> {
+    let Some(first) = forests.first() else { return Ok((0, 0)) };
+    let shape = |f: &Forest| (f.n_heads(), f.store().layout());
+    match forests.iter().position(|f| shape(f) != shape(first)) {
+        Some(row) => Err(Error::MixedForests { row }),
+        None => Ok((first.n_heads(), first.store().layout().key_dim)),
+    }
+}
+
+pub(crate) fn layout_of(forests: &[&Forest]) -> Option<crate::layout::PageLayout> {
+    forests.first().map(|f| f.store().layout())
+}
+
+fn check_queries(queries: &[f32], n_heads: usize, group: usize, dim: usize) -> Result<()> {
+    // One pass without branches; the search for the culprit is the rare case.
+    if queries.iter().fold(true, |ok, x| ok & x.is_finite()) {
+        return Ok(());
+    }
+    let bad = queries.chunks_exact(dim).position(|q| q.iter().any(|x| !x.is_finite())).unwrap_or(0);
+    let (row, head, vector) = (bad / (n_heads * group), bad / group % n_heads, bad % group);
+    Err(Error::NotFinite { argument: "queries", row, head, vector })
+}

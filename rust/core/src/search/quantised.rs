@@ -1,0 +1,31 @@
+//! Queries as 16-bit integers, so that the scan of the int8 summaries is exact on every machine.
+#![forbid(unsafe_code)]
+
+/// Queries of a group, `level * scale` per element.
+#[derive(Debug, Default)]
+pub(crate) struct QuantisedQueries {
+    /// `[group, 2 * pairs]`, zero-padded to an even length.
+    pub(crate) levels: Vec<i16>,
+    pub(crate) scales: Vec<f32>,
+    pub(crate) pairs: usize,
+}
+
+impl QuantisedQueries {
+    /// Quantises `[group, dim]` queries; `map` is applied to each element first.
+    pub(crate) fn set(&mut self, queries: &[f32], dim: usize, map: impl Fn(f32) -> f32) {
+        self.pairs = dim.div_ceil(2);
+        self.levels.clear();
+        self.scales.clear();
+        // Largest level for which a sum of `dim` products with an int8 fits an i32.
+        let limit = (i32::MAX as usize / (127 * dim)).min(i16::MAX as usize) as f32;
+        for query in queries.chunks_exact(dim) {
+            let max = query.iter().fold(0.0_f32, |max, &x| max.max(map(x).abs())).min(f32::MAX);
+            let scale = if (max / limit).is_normal() { max / limit } else { 0.0 };
+            let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+            let level = |&x: &f32| (map(x) * inverse).round().clamp(-limit, limit) as i16;
+            self.levels.extend(query.iter().map(level));
+            self.levels.resize(self.levels.len() + 2 * self.pairs - dim, 0);
+            self.scales.push(scale);
+        }
+    }
+}

@@ -1,0 +1,60 @@
+//! Stage 1: estimated log-sum-exp of every page of the visited blocks, for all heads.
+#![forbid(unsafe_code)]
+
+use super::quantised::QuantisedQueries;
+use crate::config::SEGMENT_GROUPS;
+use crate::simd::{BLOCK, Logit, kernels};
+use crate::snapshot::View;
+
+/// Visited blocks and where their logits lie.
+#[derive(Debug, Default)]
+pub(crate) struct Scan {
+    /// Blocks in ascending order: `4 * segment + block`.
+    pub(crate) blocks: Vec<u32>,
+    raw: Vec<i32>,
+}
+
+impl Scan {
+    /// Visits every block.
+    pub(crate) fn visit_all(&mut self, view: &View) {
+        self.blocks.clear();
+        for (j, entry) in view.snapshot().segments.iter().enumerate() {
+            let blocks = entry.segment.summaries.n_blocks();
+            self.blocks.extend((0..blocks).map(|b| (j * SEGMENT_GROUPS + b) as u32));
+        }
+    }
+
+    /// Logits of the visited blocks into `logits[g * stride + 16 * i + lane]`; raises `max[g]`.
+    pub(crate) fn run(
+        &mut self,
+        view: &View,
+        queries: &QuantisedQueries,
+        logit: Logit,
+        stride: usize,
+        logits: &mut [f32],
+        max: &mut [f32],
+    ) {
+        let kernels = kernels();
+        let group = queries.scales.len();
+        self.raw.resize(group * BLOCK, 0);
+        for (i, &block) in self.blocks.iter().enumerate() {
+            let entry = &view.snapshot().segments[block as usize / SEGMENT_GROUPS];
+            let b = block as usize % SEGMENT_GROUPS;
+            let summaries = &entry.segment.summaries;
+            (kernels.scan)(summaries.block(b), &queries.levels, queries.pairs, &mut self.raw);
+            let scales = &summaries.scales[b * BLOCK..][..BLOCK];
+            let ln_counts = &entry.ln_counts()[b * BLOCK..][..BLOCK];
+            for g in 0..group {
+                let out = &mut logits[g * stride + i * BLOCK..][..BLOCK];
+                let raw = &self.raw[g * BLOCK..][..BLOCK];
+                let top = (kernels.logits)(raw, scales, queries.scales[g], logit, ln_counts, out);
+                max[g] = max[g].max(top);
+            }
+        }
+    }
+}
+
+/// Ordinal of lane `lane` of block `block`.
+pub(crate) fn ordinal(block: u32, lane: usize) -> usize {
+    block as usize * BLOCK + lane
+}

@@ -1,0 +1,167 @@
+//! A sealed segment: up to 1024 consecutive tokens in full pages, with a summary of every page. Never changes.
+//!
+//! Summaries are int8 means in blocks of 16 pages, laid out `[dim / 2, 16 pages, 2]` so that a scan keeps one page per
+//! lane and needs no horizontal sums. A block is also a super-group: the pages of a segment are ordered so that
+//! similar ones share a block.
+#![forbid(unsafe_code)]
+
+use crate::arena::Lease;
+use crate::config::PAGE_TOKENS;
+use crate::layout::PageLayout;
+use crate::pack::pack;
+use crate::page::{Row, SealedPages};
+use crate::rows::decode;
+use crate::simd::BLOCK;
+
+/// One token of a segment under construction.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SegmentRow<'a> {
+    /// Position in the segment, below 1024.
+    pub(crate) local: u16,
+    pub(crate) row: Row<'a>,
+}
+
+/// Immutable pages of one stretch of 1024 positions.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    pages: SealedPages,
+    /// Local position of every slot, page by page (16 per page but for the last).
+    locals: Box<[u16]>,
+    pub(crate) summaries: Summaries,
+}
+
+impl Segment {
+    /// Packs `rows` (ascending positions) into the pages of `lease`, one per 16 rows.
+    pub(crate) fn build(lease: Lease, rows: &[SegmentRow<'_>]) -> Self {
+        let layout = lease.store().layout();
+        let dim = layout.key_dim;
+        let mut keys = vec![0.0; rows.len() * dim];
+        for (row, key) in rows.iter().zip(keys.chunks_exact_mut(dim)) {
+            decode(layout.dtype, row.row.key, key);
+        }
+        let packing = pack(&keys, dim);
+        let summaries = Summaries::build(&keys, dim, &packing);
+        let locals = packing.iter().flatten().map(|&i| rows[i as usize].local).collect();
+        let content = packing.iter().map(|page| page.iter().map(|&i| rows[i as usize].row).collect());
+        Self { pages: SealedPages::write(lease, content), locals, summaries }
+    }
+
+    pub(crate) fn pages(&self) -> &SealedPages {
+        &self.pages
+    }
+
+    pub(crate) fn n_pages(&self) -> usize {
+        self.pages.len()
+    }
+
+    pub(crate) fn n_tokens(&self) -> usize {
+        self.locals.len()
+    }
+
+    /// Local positions of the slots of page `page`, ascending.
+    pub(crate) fn locals(&self, page: usize) -> &[u16] {
+        // Only the last page can be short, so pages start at multiples of 16.
+        &self.locals[page * PAGE_TOKENS..][..self.pages.count(page)]
+    }
+
+    pub(crate) fn layout(&self) -> PageLayout {
+        self.pages.layout()
+    }
+
+    /// Bytes beside the pages.
+    pub(crate) fn heap_bytes(&self) -> usize {
+        size_of::<Self>() + 2 * self.locals.len() + self.pages.heap_bytes() + self.summaries.heap_bytes()
+    }
+}
+
+/// Quantised means of pages, 16 pages a block.
+#[derive(Debug)]
+pub(crate) struct Summaries {
+    /// `[blocks, pairs, 16, 2]`.
+    means: Box<[i8]>,
+    /// Factor of each mean, one per lane; 0 for lanes without a page.
+    pub(crate) scales: Box<[f32]>,
+    /// `ln` of the tokens of each page; minus infinity for lanes without a page.
+    pub(crate) ln_counts: Box<[f32]>,
+    /// Root of the mean squared distance of a page's keys to their mean.
+    pub(crate) spreads: Box<[f32]>,
+    /// Squared norm of each mean.
+    pub(crate) mean_squares: Box<[f32]>,
+    pairs: usize,
+}
+
+impl Summaries {
+    fn build(keys: &[f32], dim: usize, packing: &[Vec<u16>]) -> Self {
+        let pairs = dim.div_ceil(2);
+        let lanes = packing.len().next_multiple_of(BLOCK);
+        let mut built = Self {
+            means: vec![0; lanes * 2 * pairs].into_boxed_slice(),
+            scales: vec![0.0; lanes].into_boxed_slice(),
+            ln_counts: vec![f32::NEG_INFINITY; lanes].into_boxed_slice(),
+            spreads: vec![0.0; lanes].into_boxed_slice(),
+            mean_squares: vec![0.0; lanes].into_boxed_slice(),
+            pairs,
+        };
+        for (page, members) in packing.iter().enumerate() {
+            let mean = mean_of(members.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
+            built.set(page, members.len(), &mean);
+            let square = |x: f32| f64::from(x) * f64::from(x);
+            let spread: f64 = members
+                .iter()
+                .flat_map(|&i| keys[i as usize * dim..][..dim].iter().zip(&mean))
+                .map(|(x, m)| square(x - m))
+                .sum();
+            built.spreads[page] = (spread / members.len() as f64).sqrt() as f32;
+            built.mean_squares[page] = mean.iter().map(|&m| square(m)).sum::<f64>().min(f64::from(f32::MAX)) as f32;
+        }
+        built
+    }
+
+    fn set(&mut self, page: usize, count: usize, mean: &[f32]) {
+        let (scale, quantised) = quantise(mean);
+        let block = &mut self.means[page / BLOCK * (2 * BLOCK * self.pairs)..];
+        for (d, &level) in quantised.iter().enumerate() {
+            block[d / 2 * (2 * BLOCK) + page % BLOCK * 2 + d % 2] = level;
+        }
+        self.scales[page] = scale;
+        self.ln_counts[page] = (count as f32).ln();
+    }
+
+    pub(crate) fn n_blocks(&self) -> usize {
+        self.scales.len() / BLOCK
+    }
+
+    pub(crate) fn block(&self, block: usize) -> &[i8] {
+        &self.means[block * 2 * BLOCK * self.pairs..][..2 * BLOCK * self.pairs]
+    }
+
+    /// Level of dimension `d` of the mean of `page`; times `scales[page]` it is the mean.
+    pub(crate) fn level(&self, page: usize, d: usize) -> i8 {
+        self.block(page / BLOCK)[d / 2 * (2 * BLOCK) + page % BLOCK * 2 + d % 2]
+    }
+
+    fn heap_bytes(&self) -> usize {
+        self.means.len() + 4 * (self.scales.len() + self.ln_counts.len() + self.spreads.len() + self.mean_squares.len())
+    }
+}
+
+/// Mean of some keys; cannot overflow, because each key is divided first.
+pub(crate) fn mean_of<'a>(keys: impl ExactSizeIterator<Item = &'a [f32]>, dim: usize) -> Vec<f32> {
+    let share = 1.0 / keys.len() as f32;
+    let mut mean = vec![0.0_f32; dim];
+    for key in keys {
+        mean.iter_mut().zip(key).for_each(|(m, x)| *m += x * share);
+    }
+    mean
+}
+
+/// `(scale, levels)` with `scale * level` within half a step of `x`.
+pub(crate) fn quantise(x: &[f32]) -> (f32, Vec<i8>) {
+    let max = x.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+    let scale = max / 127.0;
+    // A scale that is not a normal number would lose all precision: such a mean is zero for our purposes.
+    if !scale.is_normal() {
+        return (0.0, vec![0; x.len()]);
+    }
+    (scale, x.iter().map(|x| (x / scale).round().clamp(-127.0, 127.0) as i8).collect())
+}

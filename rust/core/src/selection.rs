@@ -1,0 +1,262 @@
+//! The pages chosen for one step, and copying them out.
+#![forbid(unsafe_code)]
+
+use std::collections::HashMap;
+
+use rayon::ThreadPool;
+use rayon::prelude::*;
+
+use crate::config::PAGE_TOKENS;
+use crate::error::{Error, Result};
+use crate::forest::{Forest, check_length};
+use crate::head::HeadIndex;
+use crate::layout::PageLayout;
+use crate::search::{HeadOut, common_shape, layout_of};
+use crate::snapshot::{PageView, View};
+
+/// Marks a place without a page.
+const NONE: u32 = u32::MAX;
+
+/// Chosen pages per (row, KV head). Holds the snapshots they come from, so their memory is not reused while it lives.
+#[derive(Debug)]
+pub struct Selection {
+    views: Vec<View>,
+    n_heads: usize,
+    k: usize,
+    group: usize,
+    layout: Option<PageLayout>,
+    /// `[rows, heads, k]`.
+    ordinals: Vec<u32>,
+    scores: Vec<f32>,
+    lse: Vec<f32>,
+    visited: Vec<i64>,
+}
+
+impl Selection {
+    pub(crate) fn empty(views: Vec<View>, n_heads: usize, k: usize, group: usize, layout: Option<PageLayout>) -> Self {
+        let n = views.len();
+        Self {
+            views,
+            n_heads,
+            k,
+            group,
+            layout,
+            ordinals: vec![NONE; n * k],
+            scores: vec![0.0; n * k],
+            lse: vec![f32::NEG_INFINITY; n * group * 2],
+            visited: vec![0; n],
+        }
+    }
+
+    pub(crate) fn parts_mut(&mut self) -> (&[View], Vec<HeadOut<'_>>) {
+        // `max(1)`: with k = 0 or group = 0 every head gets an empty slice.
+        let mut ordinals = self.ordinals.chunks_exact_mut(self.k.max(1));
+        let mut scores = self.scores.chunks_exact_mut(self.k.max(1));
+        let mut lse = self.lse.chunks_exact_mut((self.group * 2).max(1));
+        let out = self.visited.iter_mut().map(|visited| HeadOut {
+            ordinals: ordinals.next().unwrap_or_default(),
+            scores: scores.next().unwrap_or_default(),
+            lse: lse.next().unwrap_or_default(),
+            visited,
+        });
+        (&self.views, out.collect())
+    }
+
+    /// Rows of the batch.
+    #[must_use]
+    pub fn n_rows(&self) -> usize {
+        self.views.len().checked_div(self.n_heads).unwrap_or(0)
+    }
+
+    /// KV heads.
+    #[must_use]
+    pub fn n_heads(&self) -> usize {
+        self.n_heads
+    }
+
+    /// Places per (row, head): the smaller of the pages wanted and the pages of the largest tree.
+    #[must_use]
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Query heads per KV head; 0 when no search made this.
+    #[must_use]
+    pub fn group(&self) -> usize {
+        self.group
+    }
+
+    /// What was seen of head `head` of row `row`.
+    #[must_use]
+    pub fn view(&self, row: usize, head: usize) -> &View {
+        &self.views[row * self.n_heads + head]
+    }
+
+    /// The page at `place`, counted over `[rows, heads, k]`.
+    fn page(&self, place: usize) -> Option<PageView<'_>> {
+        let ordinal = self.ordinals[place];
+        if ordinal == NONE { None } else { self.views[place / self.k].page(ordinal as usize) }
+    }
+
+    fn per_place<T>(&self, f: impl Fn(Option<PageView<'_>>) -> T) -> Vec<T> {
+        (0..self.ordinals.len()).map(|place| f(self.page(place))).collect()
+    }
+
+    /// Page ids `[rows, heads, k]`, -1 for none.
+    #[must_use]
+    pub fn pages(&self) -> Vec<i64> {
+        self.per_place(|page| page.map_or(-1, |page| i64::from(page.page.id.0)))
+    }
+
+    /// Generations of the pages `[rows, heads, k]`, -1 for none.
+    #[must_use]
+    pub fn generations(&self) -> Vec<i64> {
+        self.per_place(|page| page.map_or(-1, |page| i64::from(page.page.generation)))
+    }
+
+    /// Live tokens per page `[rows, heads, k]`.
+    #[must_use]
+    pub fn counts(&self) -> Vec<i32> {
+        self.per_place(|page| page.map_or(0, |page| page.count() as i32))
+    }
+
+    /// Share of the softmax mass per page, averaged over the group, `[rows, heads, k]`, best first.
+    #[must_use]
+    pub fn scores(&self) -> &[f32] {
+        &self.scores
+    }
+
+    /// Natural log-sum-exp of scaled logits, `[rows, heads, group, 2]`: of all pages (exact where scored, estimated
+    /// elsewhere) and of the chosen pages (exact). Minus infinity when empty.
+    #[must_use]
+    pub fn lse(&self) -> &[f32] {
+        &self.lse
+    }
+
+    /// Page summaries scored, `[rows, heads]`.
+    #[must_use]
+    pub fn visited(&self) -> &[i64] {
+        &self.visited
+    }
+
+    /// Position of the token in each slot, `[rows, heads, k, 16]`, live slots first, then -1.
+    #[must_use]
+    pub fn positions(&self) -> Vec<i32> {
+        let mut out = vec![-1; self.ordinals.len() * PAGE_TOKENS];
+        for (place, out) in out.chunks_exact_mut(PAGE_TOKENS).enumerate() {
+            if let Some(page) = self.page(place) {
+                page.slots().zip(out).for_each(|(slot, out)| *out = page.position(slot) as i32);
+            }
+        }
+        out
+    }
+
+    /// Copies places `first..last` of every head into `[rows, heads, last - first, 16, dim]` buffers, live slots
+    /// first, other slots zero. Returns the bytes of live rows copied. One task is one (row, head).
+    ///
+    /// # Errors
+    /// If the range or a buffer does not fit.
+    pub fn gather(
+        &self,
+        pool: &ThreadPool,
+        first: usize,
+        last: usize,
+        out_keys: &mut [u8],
+        out_values: &mut [u8],
+    ) -> Result<usize> {
+        if last > self.k {
+            return Err(Error::OutOfRange { name: "last", limit: self.k, received: last });
+        }
+        if first > last {
+            return Err(Error::OutOfRange { name: "first", limit: last, received: first });
+        }
+        let (key, value) = self.layout.map_or((0, 0), |layout| (layout.key_bytes(), layout.value_bytes()));
+        let slots = (last - first) * PAGE_TOKENS;
+        check_length("out_keys", self.views.len() * slots * key, out_keys.len())?;
+        check_length("out_values", self.views.len() * slots * value, out_values.len())?;
+        if slots == 0 || self.views.is_empty() {
+            return Ok(0);
+        }
+        let copy = |(head, (keys, values)): (usize, (&mut [u8], &mut [u8]))| -> usize {
+            let pages = (first..last).map(|place| self.page(head * self.k + place));
+            pages
+                .enumerate()
+                .map(|(i, page)| {
+                    let keys = &mut keys[i * PAGE_TOKENS * key..][..PAGE_TOKENS * key];
+                    let values = &mut values[i * PAGE_TOKENS * value..][..PAGE_TOKENS * value];
+                    copy_page(page.as_ref(), keys, values)
+                })
+                .sum()
+        };
+        // Without values every head gets an empty slice.
+        let values: Vec<&mut [u8]> = if value == 0 {
+            self.views.iter().map(|_| <&mut [u8]>::default()).collect()
+        } else {
+            out_values.chunks_exact_mut(slots * value).collect()
+        };
+        let keys: Vec<&mut [u8]> = out_keys.chunks_exact_mut(slots * key).collect();
+        if self.views.len() == 1 || pool.current_num_threads() == 1 {
+            return Ok(keys.into_iter().zip(values).enumerate().map(copy).sum());
+        }
+        Ok(pool.install(|| keys.into_par_iter().zip(values).enumerate().map(copy).sum()))
+    }
+}
+
+fn copy_page(page: Option<&PageView<'_>>, keys: &mut [u8], values: &mut [u8]) -> usize {
+    let (key, value) = (keys.len() / PAGE_TOKENS, values.len() / PAGE_TOKENS);
+    let mut used = 0;
+    if let Some(page) = page {
+        for slot in page.slots() {
+            let row = page.row(slot);
+            keys[used * key..][..key].copy_from_slice(row.key);
+            values[used * value..][..value].copy_from_slice(row.value);
+            used += 1;
+        }
+    }
+    keys[used * key..].fill(0);
+    values[used * value..].fill(0);
+    used * (key + value)
+}
+
+fn views_of(forests: &[&Forest]) -> Vec<View> {
+    forests.iter().flat_map(|f| f.heads()).map(HeadIndex::view).collect()
+}
+
+/// Every page of every head, sealed ones first; `k` is the largest page count.
+///
+/// # Errors
+/// If the forests differ in shape.
+pub fn all_pages(forests: &[&Forest]) -> Result<Selection> {
+    let (n_heads, _) = common_shape(forests)?;
+    let views = views_of(forests);
+    let k = views.iter().map(View::n_pages).max().unwrap_or(0);
+    let mut selection = Selection::empty(views, n_heads, k, 0, layout_of(forests));
+    let ordinals: Vec<Vec<u32>> =
+        selection.views.iter().map(|view| view.ordered_pages().map(|(ordinal, _)| ordinal as u32).collect()).collect();
+    for (head, ordinals) in ordinals.into_iter().enumerate() {
+        selection.ordinals[head * k..][..ordinals.len()].copy_from_slice(&ordinals);
+    }
+    Ok(selection)
+}
+
+/// Explicit pages `[rows, heads, k]` by id, -1 for none.
+///
+/// # Errors
+/// If the forests differ in shape, the length does not fit, or an id is not in the current snapshot of its head.
+pub fn select_pages(forests: &[&Forest], pages: &[i64], k: usize) -> Result<Selection> {
+    let (n_heads, _) = common_shape(forests)?;
+    check_length("pages", forests.len() * n_heads * k, pages.len())?;
+    let mut selection = Selection::empty(views_of(forests), n_heads, k, 0, layout_of(forests));
+    for (head, view) in selection.views.iter().enumerate() {
+        let places: HashMap<i64, usize> =
+            view.ordered_pages().map(|(ordinal, page)| (i64::from(page.page.id.0), ordinal)).collect();
+        for (place, &page) in pages[head * k..][..k].iter().enumerate() {
+            if page == -1 {
+                continue;
+            }
+            let unknown = Error::UnknownPage { row: head / n_heads, head: head % n_heads, page };
+            selection.ordinals[head * k + place] = *places.get(&page).ok_or(unknown)? as u32;
+        }
+    }
+    Ok(selection)
+}

@@ -1,0 +1,186 @@
+//! The specification: plain Rust, the same operations in the same order as every other instruction set.
+//!
+//! The `inline(always)` bodies are compiled again under wider target features by the other files.
+
+use half::{bf16, f16};
+
+use super::{BLOCK, Dots, Kernels, LANES, Logit};
+use crate::layout::Dtype;
+
+pub(crate) static KERNELS: Kernels = Kernels { name: "scalar", dots, scan, logits, exp_sum, add_scaled, sum, softmax };
+
+/// Logits and dot products beyond this are clamped, so that sums and differences of them stay finite.
+pub(crate) const LOGIT_LIMIT: f32 = 1e30;
+
+/// Element `i` of a row.
+#[inline(always)]
+pub(super) fn element(dtype: Dtype, row: &[u8], i: usize) -> f32 {
+    match dtype {
+        Dtype::F32 => f32::from_le_bytes([row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]]),
+        Dtype::F16 => f16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32_const(),
+        Dtype::Bf16 => bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32_const(),
+    }
+}
+
+/// `((0+4)+(2+6)) + ((1+5)+(3+7))`.
+#[inline(always)]
+pub(super) fn reduce(lanes: [f32; LANES]) -> f32 {
+    let [a, b, c, d, e, f, g, h] = lanes;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
+}
+
+fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
+    let row_bytes = input.dim * input.dtype.size();
+    for (r, row) in input.rows.chunks_exact(row_bytes).enumerate() {
+        for (g, query) in input.queries.chunks_exact(input.dim).enumerate() {
+            out[g * stride + r] = dot(input.dtype, row, query);
+        }
+    }
+}
+
+/// One dot product in the fixed shape; a row's end is padded with zeros.
+pub(super) fn dot(dtype: Dtype, row: &[u8], query: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    for start in (0..query.len()).step_by(LANES) {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            let i = start + lane;
+            let (x, y) = if i < query.len() { (element(dtype, row, i), query[i]) } else { (0.0, 0.0) };
+            *sum = x.mul_add(y, *sum);
+        }
+    }
+    reduce(lanes)
+}
+
+fn scan(block: &[i8], queries: &[i16], pairs: usize, out: &mut [i32]) {
+    for (query, out) in queries.chunks_exact(2 * pairs).zip(out.chunks_exact_mut(BLOCK)) {
+        out.fill(0);
+        for (dims, query) in block.chunks_exact(2 * BLOCK).zip(query.chunks_exact(2)) {
+            for (sum, page) in out.iter_mut().zip(dims.chunks_exact(2)) {
+                *sum += i32::from(page[0]) * i32::from(query[0]) + i32::from(page[1]) * i32::from(query[1]);
+            }
+        }
+    }
+}
+
+/// Scales, clamps and caps a dot product.
+#[inline(always)]
+pub(super) fn to_logit(x: f32, logit: Logit) -> f32 {
+    let x = (x * logit.scaling).clamp(-LOGIT_LIMIT, LOGIT_LIMIT);
+    if logit.softcap > 0.0 { logit.softcap * (x / logit.softcap).tanh() } else { x }
+}
+
+#[inline(always)]
+pub(super) fn logits_body(
+    raw: &[i32],
+    scales: &[f32],
+    query_scale: f32,
+    logit: Logit,
+    ln_counts: &[f32],
+    out: &mut [f32],
+) -> f32 {
+    let (raw, scales, ln_counts) = (&raw[..BLOCK], &scales[..BLOCK], &ln_counts[..BLOCK]);
+    let out = &mut out[..BLOCK];
+    let mut max = [f32::NEG_INFINITY; BLOCK];
+    for p in 0..BLOCK {
+        // The product of scales may overflow; the clamp keeps 0 * infinity away.
+        let scale = (scales[p] * query_scale).min(f32::MAX);
+        out[p] = to_logit(raw[p] as f32 * scale, logit) + ln_counts[p];
+        max[p] = out[p];
+    }
+    max.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+}
+
+fn logits(raw: &[i32], scales: &[f32], query_scale: f32, logit: Logit, ln_counts: &[f32], out: &mut [f32]) -> f32 {
+    logits_body(raw, scales, query_scale, logit, ln_counts, out)
+}
+
+/// `exp(x)` for `x <= 0`, 0 below -87; relative error below 2e-7 (tested against `f64`).
+#[inline(always)]
+pub(super) fn exp_nonpositive(x: f32) -> f32 {
+    // Cephes' split of ln 2 and its minimax polynomial of degree 5 for (exp(r) - 1 - r) / r^2.
+    const LN2_HIGH: f32 = 0.693_359_4;
+    const LN2_LOW: f32 = -2.121_944_4e-4;
+    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+    const ROUND: f32 = 12_582_912.0;
+    let clamped = x.max(-87.0);
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = shifted - ROUND;
+    let r = n.mul_add(-LN2_HIGH, clamped);
+    let r = n.mul_add(-LN2_LOW, r);
+    let mut p = 1.987_569_1e-4_f32;
+    p = p.mul_add(r, 1.398_199_9e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_5e-1);
+    p = p.mul_add(r, 0.5);
+    let e = p.mul_add(r * r, r) + 1.0;
+    // The integer n sits in the mantissa of `shifted`; move it to the exponent.
+    let bits = (shifted.to_bits() << 23).wrapping_add(0x3f80_0000);
+    if x < -87.0 { 0.0 } else { e * f32::from_bits(bits) }
+}
+
+#[inline(always)]
+pub(super) fn exp_sum_body(x: &mut [f32], max: f32) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    let (chunks, rest) = x.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            chunk[lane] = exp_nonpositive(chunk[lane] - max);
+            lanes[lane] += chunk[lane];
+        }
+    }
+    for (x, lane) in rest.iter_mut().zip(&mut lanes) {
+        *x = exp_nonpositive(*x - max);
+        *lane += *x;
+    }
+    reduce(lanes)
+}
+
+fn exp_sum(x: &mut [f32], max: f32) -> f32 {
+    exp_sum_body(x, max)
+}
+
+#[inline(always)]
+pub(super) fn add_scaled_body(weights: &mut [f32], masses: &[f32], factor: f32) {
+    for (weight, mass) in weights.iter_mut().zip(masses) {
+        *weight = mass.mul_add(factor, *weight);
+    }
+}
+
+fn add_scaled(weights: &mut [f32], masses: &[f32], factor: f32) {
+    add_scaled_body(weights, masses, factor);
+}
+
+#[inline(always)]
+pub(super) fn sum_body(x: &[f32]) -> f32 {
+    let mut lanes = [0.0_f32; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            lanes[lane] += chunk[lane];
+        }
+    }
+    for (x, lane) in rest.iter().zip(&mut lanes) {
+        *lane += *x;
+    }
+    reduce(lanes)
+}
+
+fn sum(x: &[f32]) -> f32 {
+    sum_body(x)
+}
+
+#[inline(always)]
+pub(super) fn softmax_body(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {
+    let mut x = [f32::NEG_INFINITY; BLOCK];
+    for (x, dot) in x.iter_mut().zip(&dots[..count]) {
+        *x = to_logit(*dot, logit);
+    }
+    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum = if count == 0 { 0.0 } else { exp_sum_body(&mut x, max) };
+    (max, sum)
+}
+
+fn softmax(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {
+    softmax_body(dots, count, logit)
+}

@@ -1,0 +1,125 @@
+//! One forest, one thread, ordinary data.
+
+use icecache_core::{
+    Dtype, ExtendRow, Forest, Metric, PageLayout, PageStore, SearchOptions, StoreOptions, TokenOptions, all_pages,
+    brute_pages, brute_tokens, extend, search, search_tokens, select_pages,
+};
+use rayon::ThreadPool;
+
+fn pool(threads: usize) -> ThreadPool {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+}
+
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn bytes(x: &[f32]) -> Vec<u8> {
+    x.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+fn forest(heads: usize, dim: usize) -> Forest {
+    let layout = PageLayout::new(Dtype::F32, dim, dim).unwrap();
+    Forest::new(PageStore::new(layout, StoreOptions::default()).unwrap(), heads).unwrap()
+}
+
+fn add(pool: &ThreadPool, forest: &Forest, keys: &[f32]) {
+    let values: Vec<f32> = keys.iter().map(|x| -x).collect();
+    extend(pool, &[ExtendRow { forest, keys: &bytes(keys), values: &bytes(&values) }]).unwrap();
+}
+
+#[test]
+fn every_row_reads_back_after_a_bulk_build_and_inserts() {
+    let (pool, forest) = (pool(2), forest(1, 8));
+    let keys = noise(2500 * 8, 1);
+    add(&pool, &forest, &keys[..2100 * 8]);
+    for start in (2100..2500).step_by(16) {
+        add(&pool, &forest, &keys[start * 8..(start + 16) * 8]);
+        forest.validate().unwrap();
+    }
+    let (mut k, mut v) = (vec![0; 2500 * 32], vec![0; 2500 * 32]);
+    forest.read(0, 2500, &mut k, &mut v).unwrap();
+    assert_eq!(k, bytes(&keys));
+    assert!(forest.counters().splits > 0);
+}
+
+#[test]
+fn an_exact_search_ranks_pages_like_brute_force() {
+    let (pool, forest) = (pool(1), forest(2, 16));
+    add(&pool, &forest, &noise(2 * 1500 * 16, 2));
+    let queries = noise(2 * 4 * 16, 3);
+    let options = SearchOptions { exact: true, ..SearchOptions::new(10, 0.5) };
+    let selection = search(&pool, &[&forest], &queries, 4, &options).unwrap();
+    for head in 0..2 {
+        let mut shares = brute_pages(selection.view(0, head), &queries[head * 64..][..64], &options);
+        shares.sort_by(|a, b| b.total_cmp(a));
+        for (score, share) in selection.scores()[head * 10..][..10].iter().zip(&shares) {
+            assert!((f64::from(*score) - share).abs() < 1e-5, "{score} {share}");
+        }
+    }
+}
+
+#[test]
+fn explicit_pages_gather_the_same_bytes_as_all_pages() {
+    let (pool, forest) = (pool(1), forest(1, 8));
+    add(&pool, &forest, &noise(1100 * 8, 4));
+    let all = all_pages(&[&forest]).unwrap();
+    let some = select_pages(&[&forest], &all.pages()[..5], 5).unwrap();
+    let (mut a, mut b) = (vec![1; 5 * 16 * 32], vec![2; 5 * 16 * 32]);
+    let mut values = vec![0; 5 * 16 * 32];
+    assert_eq!(all.gather(&pool, 0, 5, &mut a, &mut values).unwrap(), 5 * 16 * 64);
+    some.gather(&pool, 0, 5, &mut b, &mut values).unwrap();
+    assert_eq!(a, b);
+    assert_eq!(all.positions()[..80], some.positions()[..]);
+}
+
+#[test]
+fn a_cropped_forest_equals_a_build_of_the_prefix() {
+    let pool = pool(1);
+    let keys = noise(2200 * 8, 5);
+    let (cropped, built) = (forest(1, 8), forest(1, 8));
+    add(&pool, &cropped, &keys);
+    cropped.crop(1300).unwrap();
+    add(&pool, &built, &keys[..1300 * 8]);
+    assert_eq!(cropped.digest(), built.digest());
+}
+
+#[test]
+fn a_fork_does_not_see_what_its_parent_adds() {
+    let pool = pool(1);
+    let parent = forest(1, 8);
+    add(&pool, &parent, &noise(1100 * 8, 6));
+    let child = parent.fork();
+    let before = child.digest();
+    add(&pool, &parent, &noise(50 * 8, 7));
+    assert_eq!(child.digest(), before);
+    add(&pool, &child, &noise(60 * 8, 8));
+    parent.validate().unwrap();
+    child.validate().unwrap();
+    let (parent_bytes, store) = (parent.store().used_bytes(), std::sync::Arc::clone(parent.store()));
+    assert!(parent_bytes > 0);
+    drop((parent, child));
+    assert_eq!(store.used_bytes(), 0);
+}
+
+#[test]
+fn an_exact_token_search_equals_brute_force() {
+    let (pool, forest) = (pool(1), forest(1, 12));
+    add(&pool, &forest, &noise(1100 * 12, 9));
+    forest.remove(&[3, 4, 1050]).unwrap();
+    let query = noise(12, 10);
+    for metric in [Metric::InnerProduct, Metric::L2] {
+        let options = TokenOptions { k: 20, beam: 4, exact: true, metric };
+        let hits = search_tokens(&pool, &forest.heads()[0], &query, &options).unwrap();
+        let truth = brute_tokens(&forest.heads()[0].view(), &query, 20, metric);
+        let tokens: Vec<i64> = truth.iter().map(|(token, _)| *token as i64).collect();
+        assert_eq!(hits.tokens, tokens);
+        assert!(tokens.iter().all(|t| ![3, 4, 1050].contains(t)));
+    }
+}
