@@ -1,0 +1,8 @@
+"""Attention over parts of a context, merged by log-sum-exp."""
+
+from icecache.attention.decode import decode_attention as decode_attention
+from icecache.attention.partial import Partial as Partial
+from icecache.attention.partial import merge as merge
+from icecache.attention.partial import partial_attention as partial_attention
+from icecache.attention.partial import with_sink_logits as with_sink_logits
+from icecache.attention.stream import stream_attention as stream_attention

@@ -1,0 +1,131 @@
+"""One decode step of one layer: sink, window and chosen pages, merged by log-sum-exp.
+
+Dimension key: B rows, H KV heads, G query heads per KV head, D head dim.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from icecache.attention.partial import Partial, merge, partial_attention, with_sink_logits
+from icecache.pages import LayerPages
+from icecache.select import Read, Services, read_groups
+from icecache.stats import TraceEvent
+
+
+def decode_attention(
+    services: Services,
+    pages: LayerPages,
+    query: torch.Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend with the newest token, whose key and value are already in the window.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        (B, H * G, 1, D), post-RoPE.
+    scaling, softcap
+        As in :func:`partial_attention`.
+    sinks : torch.Tensor or None
+        (H * G,), extra logits.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, 1, H * G, Dv) in the query's dtype.
+
+    Raises
+    ------
+    BadTensorError
+        If a query holds NaN or infinity.
+    """
+    keys, values, live = pages.near.view()
+    n_rows, n_heads = keys.shape[:2]
+    grouped = query.view(n_rows, n_heads, -1, 1, query.shape[-1])
+    recorder = services.recorder
+    with recorder.part("attention"):
+        mask = None if live is None else live[:, None, None, None, :]
+        part = partial_attention(grouped, keys, values, scaling=scaling, mask=mask, softcap=softcap)
+    attended = np.array([[pages.near.count(b)] * n_heads for b in range(n_rows)])
+    unread: list[tuple[list[int], Read]] = []
+    for rows, read in read_groups(services, pages, grouped[:, :, :, 0], scaling, softcap):
+        attended[rows] += read.fetched.n_tokens
+        with recorder.part("attention"):
+            part = _with_read(part, rows, read, grouped, scaling, softcap)
+        if services.trace is not None:
+            services.trace(_event(pages, rows, read))
+        if not read.everything:
+            unread.append((rows, read))
+    if sinks is not None:
+        part = with_sink_logits(part, sinks)
+    recorder.attended(attended)
+    _count_mass(services, part, unread)
+    return part.out.reshape(n_rows, 1, -1, values.shape[-1]).to(query.dtype)
+
+
+def _with_read(
+    part: Partial, rows: list[int], read: Read, query: torch.Tensor, scaling: float, softcap: float | None
+) -> Partial:
+    """Merge fetched tokens into the rows they belong to."""
+    fetched = read.fetched
+    mask = None if fetched.mask is None else fetched.mask[:, :, None, None, :]
+    whole_batch = len(rows) == query.shape[0]
+    rows_query = query if whole_batch else query[rows]
+    far = partial_attention(rows_query, fetched.keys, fetched.values, scaling=scaling, mask=mask, softcap=softcap)
+    if whole_batch:
+        return merge([part, far])
+    both = merge([Partial(part.out[rows], part.lse[rows]), far])
+    index = torch.tensor(rows, device=query.device)
+    return Partial(part.out.index_copy(0, index, both.out), part.lse.index_copy(0, index, both.lse))
+
+
+def _count_mass(services: Services, part: Partial, unread: list[tuple[list[int], Read]]) -> None:
+    """Add the estimated share of the softmax that was attended, one number per (row, query head).
+
+    ``kept = exp(attended) / (exp(attended) + exp(all) - exp(selected))``, all three log-sum-exps; 1 for rows that
+    were read whole. Rows whose selector knows no total, and policies without one, are left out.
+    """
+    recorder, lse = services.recorder, part.lse[..., 0]
+    n_heads = lse.shape[1] * lse.shape[2]
+    counted = set(range(lse.shape[0])) if services.selector is not None else set()
+    kept_sum: torch.Tensor | float = 0.0
+    for rows, read in unread:
+        counted -= set(rows)
+        if read.lse is None:
+            continue
+        total, chosen = read.lse[..., 0].astype(np.float64), read.lse[..., 1].astype(np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            rest = total + np.log1p(-np.exp(np.minimum(chosen - total, 0.0)))
+        rest = np.where(np.isnan(rest), -np.inf, rest).astype(np.float32)
+        missing = torch.from_numpy(rest).to(lse.device)
+        rows_lse = lse if len(rows) == lse.shape[0] else lse[rows]
+        kept_sum = kept_sum + torch.sigmoid(rows_lse - missing).sum()
+        recorder.mass_n += len(rows) * n_heads
+    recorder.mass_n += len(counted) * n_heads
+    kept_sum = kept_sum + float(len(counted) * n_heads)
+    held = services.mass.get(lse.device)
+    if held is None:
+        held = torch.zeros((), dtype=torch.float64, device=lse.device)
+    services.mass[lse.device] = held + kept_sum
+
+
+def _event(pages: LayerPages, rows: list[int], read: Read) -> TraceEvent:
+    assert read.pages is not None
+    assert read.positions is not None
+    lengths = tuple(pages.length(b) for b in rows)
+    positions = np.where(read.positions >= 0, read.positions + pages.layout.sink_tokens, -1).astype(np.int32)
+    window = tuple(n - pages.near.window_count(b) for n, b in zip(lengths, rows, strict=True))
+    return TraceEvent(
+        layer=pages.layer,
+        rows=tuple(rows),
+        lengths=lengths,
+        sink_tokens=tuple(pages.near.sinks[b] for b in rows),
+        window_start=window,
+        pages=read.pages,
+        positions=positions,
+    )

@@ -1,0 +1,103 @@
+"""Exact attention of a later chunk over a context that lies in host pages, block by block, never materialised whole.
+
+Dimension key: B rows, H KV heads, G query heads per KV head, Q queries, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from icecache import _core
+from icecache.attention.partial import Partial, merge, partial_attention, with_sink_logits
+from icecache.pages import LayerPages
+from icecache.select import Services
+
+BLOCK_PAGES = 256
+"""Pages per head brought to the device at once: 4096 tokens, 16 MiB for 8 heads of 128 in bfloat16."""
+LOGIT_BYTES = 64 << 20
+"""Upper bound of one block of float32 logits; queries are cut into pieces to keep it."""
+
+
+def stream_attention(
+    services: Services,
+    pages: LayerPages,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    chunk_mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend with a chunk of new tokens to everything before it, and to the chunk itself under `chunk_mask`.
+
+    Parameters
+    ----------
+    pages : LayerPages
+        The context; must not hold the chunk yet.
+    query : torch.Tensor
+        (B, H * G, Q, D), post-RoPE.
+    keys, values : torch.Tensor
+        (B, H, C, D): the chunk's own, C >= Q.
+    chunk_mask : torch.Tensor
+        Bool, broadcastable to (B, Q, C): causality and padding inside the chunk.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, Q, H * G, Dv) in the query's dtype.
+    """
+    n_rows, n_heads = keys.shape[:2]
+    grouped = query.view(n_rows, n_heads, -1, query.shape[2], query.shape[-1])
+    near_keys, near_values, live = pages.near.view()
+    near_mask = None if live is None else live[:, None, None, None, :]
+    pieces = _pieces(grouped, max(near_keys.shape[2], keys.shape[2], BLOCK_PAGES * 16))
+    parts: list[Partial] = []
+    with services.recorder.part("attention"):
+        for start, stop in pieces:
+            piece = grouped[:, :, :, start:stop]
+            own = chunk_mask.expand(n_rows, -1, -1)[:, None, None, start:stop]
+            near = partial_attention(piece, near_keys, near_values, scaling=scaling, mask=near_mask, softcap=softcap)
+            chunk = partial_attention(piece, keys, values, scaling=scaling, mask=own, softcap=softcap)
+            parts.append(merge([near, chunk]))
+    if pages.forests and any(len(forest) for forest in pages.forests):
+        _merge_pages(services, pages, grouped, pieces, parts, scaling, softcap)
+    if sinks is not None:
+        parts = [with_sink_logits(part, sinks) for part in parts]
+    out = torch.cat([part.out for part in parts], dim=3)
+    return out.permute(0, 3, 1, 2, 4).reshape(n_rows, query.shape[2], -1, values.shape[-1]).to(query.dtype)
+
+
+def _pieces(query: torch.Tensor, n_keys: int) -> list[tuple[int, int]]:
+    """Cut the Q axis so that one block of logits stays below `LOGIT_BYTES`."""
+    n_rows, n_heads, group, n_queries, _ = query.shape
+    size = max(1, LOGIT_BYTES // (4 * n_rows * n_heads * group * n_keys))
+    return [(start, min(start + size, n_queries)) for start in range(0, n_queries, size)]
+
+
+def _merge_pages(
+    services: Services,
+    pages: LayerPages,
+    query: torch.Tensor,
+    pieces: list[tuple[int, int]],
+    parts: list[Partial],
+    scaling: float,
+    softcap: float | None,
+) -> None:
+    """Fold every host page into `parts`, in place."""
+    near = pages.near
+    everything = _core.all_pages(pages.forests)
+    n_pages = everything.pages.shape[2]
+    shape = (near.keys.shape[-1], near.values.shape[-1], near.keys.dtype, near.keys.device)
+    for first in range(0, n_pages, BLOCK_PAGES):
+        last = min(first + BLOCK_PAGES, n_pages)
+        fetched = services.staging.fetch(services.pool, services.recorder, everything, first, last, *shape)
+        mask = None if fetched.mask is None else fetched.mask[:, :, None, None, :]
+        with services.recorder.part("attention"):
+            for i, (start, stop) in enumerate(pieces):
+                piece = query[:, :, :, start:stop]
+                far = partial_attention(
+                    piece, fetched.keys, fetched.values, scaling=scaling, mask=mask, softcap=softcap
+                )
+                parts[i] = merge([parts[i], far])

@@ -1,0 +1,103 @@
+"""Settings of one wrapped model: frozen, validated once, passed explicitly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from icecache.errors import ConfigError
+
+PAGE_TOKENS = 16
+"""Tokens of a page: fixed by the page store's layout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IceConfig:
+    """How much of the context attention may read at each decode step, and where the rest is kept.
+
+    Parameters
+    ----------
+    budget : int, default=256
+        Tokens attended per KV head and decode step: ``sink_tokens + window_tokens + 16 j`` with ``j >= 1`` retrieved
+        pages. The newest token, and up to 15 tokens that wait to enter the index, come on top and are reported.
+    page_tokens : int, default=16
+        Tokens per page. Only 16 in this version.
+    sink_tokens : int, default=16
+        First tokens of a sequence; always on the compute device. 0 to 4096.
+    window_tokens : int, default=32
+        Newest tokens of a sequence; always on the compute device. 1 to 65536.
+    dense_layers : tuple of int, default=()
+        Layers that keep an ordinary dense KV cache.
+    dense_below : int, default=1024
+        While a sequence (padding included) is shorter than this, its layers keep everything on the compute device and
+        use the model's own attention, bit for bit. 0 switches this off.
+    sparse_prefill : bool, default=False
+        Process a later chunk of the prompt (a second turn, say) as if its tokens were decoded one by one. By default
+        such a chunk attends to the whole context exactly, streamed from the host.
+    host_memory : int or None, default=None
+        Limit of the page store in bytes; None: no limit.
+    threads : int or None, default=None
+        Threads of the index; None: ``ICECACHE_NUM_THREADS`` or the cores this process may use.
+    seed : int, default=0
+        Seed of policies that draw at random. Not negative.
+    on_unsupported : {"error", "dense"}, default="error"
+        What to do with a layer whose attention cannot be served: raise, or keep it dense (lossless).
+
+    Raises
+    ------
+    ConfigError
+        If a field is out of range; the message names the field, its value and the range.
+    """
+
+    budget: int = 256
+    page_tokens: int = PAGE_TOKENS
+    sink_tokens: int = 16
+    window_tokens: int = 32
+    dense_layers: tuple[int, ...] = ()
+    dense_below: int = 1024
+    sparse_prefill: bool = False
+    host_memory: int | None = None
+    threads: int | None = None
+    seed: int = 0
+    on_unsupported: Literal["error", "dense"] = "error"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        if self.page_tokens != PAGE_TOKENS:
+            msg = f"page_tokens must be {PAGE_TOKENS}, got {self.page_tokens!r}"
+            raise ConfigError(msg)
+        _check_int("sink_tokens", self.sink_tokens, 0, 4096)
+        _check_int("window_tokens", self.window_tokens, 1, 65536)
+        _check_int("dense_below", self.dense_below, 0, 2**40)
+        _check_int("seed", self.seed, 0, 2**63 - 1)
+        for layer in self.dense_layers:
+            _check_int("dense_layers", layer, 0, 2**20)
+        if self.host_memory is not None:
+            _check_int("host_memory", self.host_memory, 1, 2**62)
+        if self.threads is not None:
+            _check_int("threads", self.threads, 1, 1024)
+        if self.on_unsupported not in ("error", "dense"):
+            msg = f"on_unsupported must be 'error' or 'dense', got {self.on_unsupported!r}"
+            raise ConfigError(msg)
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        kept = self.sink_tokens + self.window_tokens
+        _check_int("budget", self.budget, 1, 2**31)
+        if self.budget < kept + PAGE_TOKENS or (self.budget - kept) % PAGE_TOKENS:
+            msg = (
+                f"budget must be sink_tokens + window_tokens + {PAGE_TOKENS} j with j >= 1, that is "
+                f"{kept + PAGE_TOKENS}, {kept + 2 * PAGE_TOKENS}, ..., got {self.budget}"
+            )
+            raise ConfigError(msg)
+
+    @property
+    def retrieved_pages(self) -> int:
+        """Pages read per KV head and decode step."""
+        return (self.budget - self.sink_tokens - self.window_tokens) // PAGE_TOKENS
+
+
+def _check_int(field: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        msg = f"{field} must be an integer in {low}..={high}, got {value!r}"
+        raise ConfigError(msg)

@@ -1,0 +1,93 @@
+"""Turn a filled cache into one of ours: from a dense prefill, or from another runtime's pages."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from icecache.errors import CacheStateError
+from icecache.hf.cache import RetrievalLayer
+from icecache.hf.hooks import ModelHooks
+from icecache.hf.step import Sequence
+
+
+def adopt(hooks: ModelHooks, cache: Cache, attention_mask: torch.Tensor | None) -> DynamicCache:
+    """Make a cache of ours with the content of `cache`, which stays usable.
+
+    Parameters
+    ----------
+    cache : Cache
+        A filled ``DynamicCache`` of the same model, or a cache of another runtime on it.
+    attention_mask : torch.Tensor or None
+        (n_rows, n_positions); 0 marks padding. For a plain cache only: our own caches know theirs.
+
+    Raises
+    ------
+    CacheStateError
+        If the layers do not fit the model, or pages of another sink or window size would have to be re-cut.
+    """
+    result = hooks.new_cache()
+    if len(cache.layers) != len(result.layers):
+        msg = f"the cache has {len(cache.layers)} layers, the model {len(result.layers)}"
+        raise CacheStateError(msg)
+    sequence = Sequence()
+    for i, (source, target) in enumerate(zip(cache.layers, result.layers, strict=True)):
+        result.layers[i] = _adopted(hooks, source, target, sequence, attention_mask, i)
+    return result
+
+
+def _adopted(
+    hooks: ModelHooks,
+    source: CacheLayerMixin,
+    target: CacheLayerMixin,
+    sequence: Sequence,
+    attention_mask: torch.Tensor | None,
+    layer: int,
+) -> CacheLayerMixin:
+    if isinstance(source, RetrievalLayer):
+        if not isinstance(target, RetrievalLayer):
+            msg = f"layer {layer}: the cache holds pages, but this runtime keeps the layer dense"
+            raise CacheStateError(msg)
+        return _rehomed(hooks, source, sequence, layer)
+    if not isinstance(target, RetrievalLayer):
+        if type(source) is not type(target):
+            msg = f"layer {layer}: the cache holds a {type(source).__name__}, the model needs {type(target).__name__}"
+            raise CacheStateError(msg)
+        return copy.deepcopy(source)
+    if type(source) is not DynamicLayer:
+        msg = f"layer {layer}: only a plain DynamicLayer can be taken over, got {type(source).__name__}"
+        raise CacheStateError(msg)
+    new = RetrievalLayer(hooks.engine, sequence, layer)
+    if source.get_seq_length() == 0:
+        return new
+    keys, values = source.keys, source.values
+    valid = None
+    if attention_mask is not None:
+        valid = attention_mask.bool().cpu()
+        if tuple(valid.shape) != (keys.shape[0], keys.shape[2]):
+            msg = (
+                f"attention_mask must have shape {(keys.shape[0], keys.shape[2])} like the cache, "
+                f"got {tuple(valid.shape)}"
+            )
+            raise CacheStateError(msg)
+        valid = None if bool(valid.all()) else valid
+    new.load(keys, values, valid)
+    return new
+
+
+def _rehomed(hooks: ModelHooks, source: RetrievalLayer, sequence: Sequence, layer: int) -> RetrievalLayer:
+    source.sequence.settle()
+    source.sequence.check()
+    ours, theirs = hooks.engine.layout, source.engine.layout
+    if source.pages is not None and ours != theirs:
+        msg = (
+            f"layer {layer}: its pages were cut for sink {theirs.sink_tokens} and window {theirs.window_tokens}, this "
+            f"runtime has sink {ours.sink_tokens} and window {ours.window_tokens}; adopt a dense cache instead"
+        )
+        raise CacheStateError(msg)
+    new = source.forked(hooks.engine, sequence)
+    new.settle_dense()
+    return new

@@ -1,0 +1,365 @@
+"""One layer's KV cache as transformers sees it. `update` stages, `attend` computes and commits.
+
+Life of a layer: *short* (everything dense on the device, the model's own attention) until the sequence, padding
+included, reaches ``dense_below``; the step that reaches it is still computed densely, then the layer is *paged* for
+good. Invariant: exactly one of `_dense` and `_pages` is set once the first step is over.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from icecache.attention import decode_attention, stream_attention
+from icecache.errors import CacheStateError, UnsupportedModelError
+from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
+from icecache.hf.step import Engine, Sequence, current_step
+from icecache.pages import LayerPages
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class DenseAttention(Protocol):
+    """The model's own attention on the keys and values at hand."""
+
+    def __call__(self) -> torch.Tensor:
+        """Attention output (B, Q, n_q_heads, Dv)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the attention function for one of our layers.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        (B, n_q_heads, Q, D), post-RoPE.
+    keys, values : torch.Tensor
+        (B, n_kv_heads, C, D): the very tensors that `update` returned.
+    mask : torch.Tensor or None
+        None or 2D in a paged step, the model's own kind otherwise.
+    shared : bool
+        Another layer's keys are attended (cross-layer KV sharing): nothing may be committed.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    mask: torch.Tensor | None
+    scaling: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    dense: DenseAttention
+    shared: bool
+
+
+class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A cache layer whose middle lives in host pages. Reading `.keys` or `.values` raises: there is no dense cache."""
+
+    is_sliding = False
+    is_compileable = False  # generate() then neither compiles by itself nor builds 4D masks beforehand
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, engine: Engine, sequence: Sequence, layer_idx: int) -> None:
+        # No super().__init__(): it would assign the raising properties below.
+        self.engine, self.sequence, self.layer_idx = engine, sequence, layer_idx
+        self.unsupported: str | None = None
+        self.may_be_shared = True
+        self._forget()
+        engine.layers.add(self)
+
+    def _forget(self) -> None:
+        self.is_initialized = False
+        self._length = 0
+        self._dense: Pair | None = None
+        self._pages: LayerPages | None = None
+        self._staged: Pair | None = None
+        self._last: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None = None
+        self._deferred: tuple[Pair, torch.Tensor | None] | None = None
+        self._before_chunk: LayerPages | None = None
+        self._shared_call = False
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """Not available."""
+        msg = f"layer {self.layer_idx}: something reads the dense keys or values of the cache directly"
+        raise UnsupportedModelError(msg)
+
+    values = keys
+
+    # ---- what transformers asks for -------------------------------------------------------------------------------
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:  # noqa: ARG002
+        """Note dtype and device of the first keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.n_rows = key_states.shape[0]
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: object,  # noqa: ARG002 - transformers' signature
+        **kwargs: object,  # noqa: ARG002
+    ) -> Pair:
+        """Stage new keys and values and return what attention must be called with, tagged with this layer.
+
+        Raises
+        ------
+        CacheStateError
+            Outside of a forward of the model this cache belongs to.
+        UnsupportedModelError
+            If gradients are required, or the layer was updated twice without attention.
+        """
+        self._check_use(key_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.n_rows:
+            msg = f"layer {self.layer_idx}: the cache has {self.n_rows} rows, got keys of {key_states.shape[0]}"
+            raise CacheStateError(msg)
+        self._length += key_states.shape[-2]
+        if self._pages is None and self._length < self.engine.config.dense_below:
+            # Exactly what DynamicLayer does, its empty tensor included: attention sees the same bits and strides.
+            old_k, old_v = self._dense or (key_states.new_empty(0), value_states.new_empty(0))
+            key_states, value_states = torch.cat([old_k, key_states], -2), torch.cat([old_v, value_states], -2)
+        elif self._dense is not None:
+            key_states = torch.cat([self._dense[0], key_states], -2)
+            value_states = torch.cat([self._dense[1], value_states], -2)
+        self._staged, self._shared_call = (key_states, value_states), False
+        self._last = weakref.ref(key_states), weakref.ref(value_states)
+        key_states._ice_layer = self  # type: ignore[attr-defined]  # dies as soon as a model transforms K
+        return key_states, value_states
+
+    def _check_use(self, key_states: torch.Tensor) -> None:
+        self.sequence.check()
+        if self.engine.closed:
+            msg = "this cache belongs to an unwrapped IceRuntime; start a new cache"
+            raise CacheStateError(msg)
+        step = current_step()
+        if step is None or step.engine is not self.engine:
+            msg = "this cache is only usable through the model that its IceRuntime wraps"
+            raise CacheStateError(msg)
+        if key_states.requires_grad:
+            msg = f"layer {self.layer_idx}: gradients through the KV cache are not supported; use torch.no_grad()"
+            raise UnsupportedModelError(msg)
+        if self._staged is not None:
+            msg = f"layer {self.layer_idx}: keys were given to the cache twice without attention in between"
+            raise UnsupportedModelError(msg)
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far, padding included."""
+        self.sequence.settle()
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys a mask has to cover."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: the layer grows without bound."""
+        return -1
+
+    get_max_cache_shape = get_max_length  # the name up to transformers 5.9
+
+    def reset(self) -> None:
+        """Forget the sequence."""
+        self.sequence.close()
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Take rows in the order of `beam_idx`; a row used twice is forked copy-on-write."""
+        self._select(beam_idx.tolist())  # sync: the host holds the rows
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        if self.is_initialized:
+            self._select([b for b in range(self.n_rows) for _ in range(repeats)])
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows of an index or bool tensor."""
+        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self._select(rows.tolist())  # sync: the host holds the rows
+
+    def _select(self, rows: list[int]) -> None:
+        self.sequence.settle()
+        if not self.is_initialized:
+            return
+        if self._pages is not None:
+            self._pages = self._pages.select(rows)
+        if self._dense is not None:
+            index = torch.tensor(rows, device=self.device)
+            self._dense = self._dense[0].index_select(0, index), self._dense[1].index_select(0, index)
+        self.n_rows = len(rows)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the newest ``-tokens_to_remove`` positions; a positive value is the length to keep (before 5.18)."""
+        self.sequence.settle()
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self._length)
+        n_positions = min(-tokens_to_remove, self._length)
+        if n_positions == 0 or not self.is_initialized:
+            return
+        self._cut(n_positions)
+        if self._length == 0:
+            self._forget()
+
+    def _cut(self, n_positions: int) -> None:
+        self._length -= n_positions
+        if self._dense is not None:
+            k, v = self._dense
+            self._dense = k[..., :-n_positions, :], v[..., :-n_positions, :]
+        if self._pages is not None:
+            self._pages.crop(n_positions)
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: every token is kept, and tokens enter the index one step late, so small crops are cheap."""
+
+    def offload(self) -> None:
+        """Nothing to do: the data is on the host already."""
+
+    prefetch = offload
+
+    def __deepcopy__(self, memo: dict[int, object]) -> RetrievalLayer:
+        self.sequence.settle()
+        sequence = memo.setdefault(id(self.sequence), Sequence(broken=self.sequence.broken))
+        assert isinstance(sequence, Sequence)
+        return self.forked(self.engine, sequence)
+
+    def forked(self, engine: Engine, sequence: Sequence) -> RetrievalLayer:
+        """Independent copy under another engine or cache; pages are shared until one side writes."""
+        new = RetrievalLayer(engine, sequence, self.layer_idx)
+        new.is_initialized, new._length, new.unsupported = self.is_initialized, self._length, self.unsupported
+        if self.is_initialized:
+            new.dtype, new.device, new.n_rows = self.dtype, self.device, self.n_rows
+        if self._dense is not None:
+            new._dense = self._dense[0].clone(), self._dense[1].clone()
+        if self._pages is not None:
+            new._pages = self._pages.fork()
+        return new
+
+    # ---- what the attention function and the hooks ask for --------------------------------------------------------
+    @property
+    def pages(self) -> LayerPages | None:
+        """Storage of a paged layer."""
+        return self._pages
+
+    @property
+    def staged(self) -> Pair | None:
+        """Keys and values that wait for attention."""
+        return self._staged
+
+    def dense_pair(self) -> Pair | None:
+        """All keys and values of a layer that is not paged yet (staged ones included)."""
+        return None if self._pages is not None else self._staged or self._dense
+
+    def load(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Fill an empty layer with (B, H, n, D) keys and values of n positions; `valid` bool (B, n) marks padding."""
+        self.lazy_initialization(keys, values)
+        self._length = keys.shape[-2]
+        self._keep(keys, values, valid)
+
+    def settle_dense(self) -> None:
+        """Page in a short layer that is longer than this engine's ``dense_below``."""
+        if self._dense is not None and self._length >= self.engine.config.dense_below:
+            self._keep(*self._dense, None)
+
+    def expects(self, key: torch.Tensor, value: torch.Tensor) -> tuple[bool, bool]:
+        """Whether (key, value) are the tensors of the last `update`."""
+        last = (None, None) if self._last is None else (self._last[0](), self._last[1]())
+        return last[0] is key, last[1] is value
+
+    def attend(self, call: Call) -> torch.Tensor:
+        """Attention output (B, Q, n_q_heads, Dv) for the staged tokens, which are committed on the way."""
+        self._staged = None
+        self._shared_call = self._shared_call or call.shared
+        if self._pages is None or (call.shared and call.keys.shape[-2] == self._length):
+            out = call.dense()
+            if not call.shared:
+                paged = self._length >= self.engine.config.dense_below
+                valid = prompt_padding(self.layer_idx, call.mask, self._length) if paged else None
+                self._keep(call.keys, call.values, valid)
+            return out
+        mask = chunk_mask(self, call)
+        if call.query.shape[2] == 1 and call.keys.shape[2] == 1:
+            if not call.shared:
+                self._pages.append(call.keys, call.values, None)
+            return self._decode(self._pages, call, call.query)
+        if self.engine.sparse_chunks:
+            return self._attend_token_by_token(self._pages, call, mask)
+        if not call.shared:
+            self._deferred = (call.keys, call.values), mask.valid  # committed at the end: a sharing layer comes later
+        return stream_attention(
+            self.engine.services,
+            self._pages,
+            call.query,
+            call.keys,
+            call.values,
+            chunk_mask=mask.own,
+            scaling=call.scaling,
+            softcap=call.softcap,
+            sinks=call.sinks,
+        )
+
+    def _decode(self, pages: LayerPages, call: Call, query: torch.Tensor) -> torch.Tensor:
+        return decode_attention(
+            self.engine.services, pages, query, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks
+        )
+
+    def _attend_token_by_token(self, pages: LayerPages, call: Call, mask: ChunkMask) -> torch.Tensor:
+        """Process a chunk exactly as if its tokens had come one by one."""
+        if call.shared:
+            assert self._before_chunk is not None
+            pages = self._before_chunk.fork()
+        elif self.may_be_shared:
+            self._before_chunk = pages.fork()
+        if not mask.causal:
+            msg = f"layer {self.layer_idx}: sparse prefill needs a plain causal mask inside the chunk"
+            raise UnsupportedModelError(msg)
+        services, outputs = self.engine.services, []
+        first = call.keys.shape[2] - call.query.shape[2]
+        for t in range(call.keys.shape[2]):
+            valid = None if mask.valid is None or bool(mask.valid[:, t].all()) else mask.valid[:, t : t + 1]
+            services.drain([pages])
+            pages.append(call.keys[:, :, t : t + 1], call.values[:, :, t : t + 1], valid)
+            if t >= first:
+                outputs.append(self._decode(pages, call, call.query[:, :, t - first : t - first + 1]))
+        return torch.cat(outputs, dim=1)
+
+    def _keep(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Hold on to everything seen so far: dense while short, in pages from then on."""
+        if self._length < self.engine.config.dense_below:
+            self._dense = keys, values
+            return
+        services = self.engine.services
+        self._pages = LayerPages.build(
+            self.engine.layout, self.layer_idx, services.stores, services.pool, services.recorder, keys, values, valid
+        )
+        self._dense = None
+
+    def finish(self) -> None:
+        """End of a step: commit what waited for sharing layers."""
+        if self._deferred is not None and self._pages is not None:
+            (keys, values), valid = self._deferred
+            self._deferred = None
+            self._pages.append(keys, values, valid)
+        self._before_chunk = None
+        self.may_be_shared = self._shared_call
+
+    def roll_back(self, length: int) -> None:
+        """Undo an unfinished step: be `length` positions long again."""
+        self._staged = self._before_chunk = self._last = self._deferred = None
+        if length == 0:
+            self._forget()
+            return
+        self._length = self._pages.padding.n_positions if self._pages is not None else self._dense_length()
+        if self._length > length:
+            self._cut(self._length - length)
+        assert self._length == length, f"layer {self.layer_idx}: rolled back to {self._length}, not {length}"
+
+    def _dense_length(self) -> int:
+        return 0 if self._dense is None else self._dense[0].shape[-2]

@@ -1,0 +1,139 @@
+"""What a mask says about padding and causality, in the few forms a layer can meet.
+
+Our own mask function gives plain causal layers None or the 2D padding mask once pages are in use, and the model's own
+kind of mask before that. Anything else is a custom pattern: honoured exactly or refused, never guessed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from icecache.errors import CacheStateError, UnsupportedModelError
+from icecache.hf.step import current_step
+
+if TYPE_CHECKING:
+    from icecache.hf.cache import Call, RetrievalLayer
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkMask:
+    """Mask of a later chunk against itself.
+
+    Parameters
+    ----------
+    own : torch.Tensor
+        Bool, broadcastable to (B, Q, C), on the compute device.
+    valid : torch.Tensor or None
+        Bool (B, C) on the CPU: which new positions are tokens; None: all.
+    causal : bool
+        Whether `own` is plain causality and padding.
+    """
+
+    own: torch.Tensor
+    valid: torch.Tensor | None
+    causal: bool
+
+
+def allowed_4d(layer_idx: int, mask: torch.Tensor, length: int) -> torch.Tensor:
+    """Bool (B or 1, Q, length) of a 4D mask.
+
+    Raises
+    ------
+    UnsupportedModelError
+        For per-head masks, additive biases, and masks over another length.
+    """
+    if mask.dim() != 4 or mask.shape[1] != 1 or mask.shape[3] != length:
+        msg = (
+            f"layer {layer_idx}: attention mask of shape {tuple(mask.shape)}; expected one mask for all heads over "
+            f"{length} positions"
+        )
+        raise UnsupportedModelError(msg)
+    if mask.dtype == torch.bool:
+        return mask[:, 0]
+    allowed = mask == 0
+    masked = mask <= torch.finfo(mask.dtype).min / 2
+    if not bool((allowed | masked).all()):  # sync: custom masks only
+        msg = f"layer {layer_idx}: the attention mask adds a bias to the logits; only masking is supported"
+        raise UnsupportedModelError(msg)
+    return allowed[:, 0]
+
+
+def prompt_padding(layer_idx: int, mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """Which of the first `length` positions are tokens: bool (B, length) on the CPU, None: all.
+
+    Parameters
+    ----------
+    mask : torch.Tensor or None
+        The mask attention was called with; the 2D mask behind it is preferred when it is our own.
+    """
+    step = current_step()
+    if mask is None or (step is not None and mask is step.causal_mask):
+        padding = None if step is None else step.padding
+        if padding is None:
+            return None
+        if padding.shape[1] != length:
+            msg = f"layer {layer_idx}: attention_mask covers {padding.shape[1]} positions, the cache holds {length}"
+            raise UnsupportedModelError(msg)
+    elif mask.dim() == 2:
+        padding = mask[:, -length:].bool()
+    else:
+        padding = allowed_4d(layer_idx, mask, length).any(1)
+    padding = padding.cpu()  # sync: once per prompt
+    return None if bool(padding.all()) else padding
+
+
+def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
+    """Mask of the staged tokens against themselves; checks that nothing earlier is hidden from them.
+
+    With one new token the mask is not read (that would wait for the device at every layer): a decoded token is never
+    padding and sees everything before it.
+    """
+    mask, device = call.mask, call.query.device
+    n_queries, n_keys = call.query.shape[2], call.keys.shape[2]
+    causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)[None]
+    if mask is not None and mask.dim() == 2 and (n_keys > 1 or mask.device.type == "cpu"):
+        _check_past(layer, mask, layer.get_seq_length() - n_keys)
+    if mask is None or (mask.dim() == 2 and n_keys == 1):
+        return ChunkMask(causal, None, causal=True)
+    if mask.dim() == 2:
+        new = mask[:, -n_keys:].bool()
+        valid = new.cpu()  # sync: once per chunk and layer
+        if bool(valid.all()):
+            return ChunkMask(causal, None, causal=True)
+        return ChunkMask(causal & new[:, None].to(device), valid, causal=True)
+    length = layer.get_seq_length()
+    allowed = allowed_4d(layer.layer_idx, mask, length)
+    past = length - n_keys
+    assert layer.pages is not None
+    known = layer.pages.padding.valid()[:, :past]
+    if not bool((allowed[..., :past].cpu() == known[:, None]).all()):  # sync: custom masks only
+        msg = f"layer {layer.layer_idx}: the attention mask hides earlier tokens from a later chunk"
+        raise UnsupportedModelError(msg)
+    own = allowed[..., past:]
+    valid = own.any(1).expand(call.query.shape[0], -1).cpu()  # sync: custom masks only
+    plain = bool((own == (causal & valid[:, None].to(device))).all())
+    return ChunkMask(own, None if bool(valid.all()) else valid, causal=plain)
+
+
+def _check_past(layer: RetrievalLayer, mask: torch.Tensor, n_past: int) -> None:
+    """Raise if a 2D mask contradicts what earlier masks said; once per step, padding is the same for all layers.
+
+    Padding was never stored and tokens cannot be hidden later, so a mask that changes its mind would be silently ignored.
+    generate() infers such a mask when it is given none and the text contains the padding token.
+    """
+    step = current_step()
+    if step is None or step.past_checked:
+        return
+    step.past_checked = True
+    assert layer.pages is not None
+    known = layer.pages.padding.valid()[:, :n_past]
+    now = mask[:, :n_past].bool().cpu()  # sync: once per chunk; a decode step reads it on CPUs only, where it is free
+    if mask.shape[1] != layer.get_seq_length() or not torch.equal(known, now):
+        msg = (
+            f"attention_mask {tuple(mask.shape)} disagrees with the masks of earlier steps about the first {n_past} "
+            "positions; pass attention_mask explicitly, the earlier one extended by the new tokens"
+        )
+        raise CacheStateError(msg)

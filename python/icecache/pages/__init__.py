@@ -1,0 +1,10 @@
+"""Where keys and values live: sink and window on the compute device, the rest in pages on the host."""
+
+from icecache.pages.layer import LayerPages as LayerPages
+from icecache.pages.layer import Layout as Layout
+from icecache.pages.layer import drain as drain
+from icecache.pages.near import NearBuffer as NearBuffer
+from icecache.pages.near import NearRow as NearRow
+from icecache.pages.padding import PaddingLog as PaddingLog
+from icecache.pages.store import Stores as Stores
+from icecache.pages.store import as_bytes as as_bytes

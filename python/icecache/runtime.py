@@ -1,0 +1,194 @@
+"""`IceRuntime`: wrap a Hugging Face decoder so that it generates with its KV cache in host pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from icecache.config import IceConfig
+from icecache.errors import CacheStateError, ConfigError
+from icecache.hf import Engine, ModelHooks, adopt, register
+from icecache.index.pool import shared_pool
+from icecache.pages import Stores
+from icecache.policies import make_policy
+from icecache.select import Services
+from icecache.stats import Recorder, RuntimeStats, Trace
+from icecache.transfer import Staging
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+    from transformers.cache_utils import Cache
+
+
+class IceRuntime:
+    """Handle of a wrapped model; undo with :meth:`unwrap` or by leaving its ``with`` block.
+
+    The model's own ``generate`` works as before, with or without ``past_key_values``.
+
+    Examples
+    --------
+    >>> with IceRuntime.wrap(model, budget=256) as runtime:
+    ...     tokens = model.generate(**inputs, max_new_tokens=100)
+    ...     print(runtime.stats())
+    """
+
+    def __init__(self, model: PreTrainedModel, config: IceConfig, policy: str) -> None:
+        """Use :meth:`wrap`."""
+        chosen = make_policy(policy, config)
+        self.model, self.config, self.policy = model, config, policy
+        self._recorder = Recorder()
+        self._services = Services(
+            pool=shared_pool(config.threads),
+            stores=Stores(config.host_memory),
+            staging=Staging(),
+            recorder=self._recorder,
+            selector=chosen.selector,
+            n_pages=config.retrieved_pages,
+        )
+        register()
+        self._engine = Engine(
+            config=config,
+            layout=chosen.layout,
+            services=self._services,
+            sparse_chunks=config.sparse_prefill or not chosen.layout.keeps_middle,
+        )
+        self._hooks = ModelHooks(model, self._engine)
+
+    @classmethod
+    def wrap(
+        cls,
+        model: PreTrainedModel,
+        config: IceConfig | None = None,
+        *,
+        policy: str = "icecache",
+        **overrides: object,
+    ) -> IceRuntime:
+        """Wrap a model.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            A decoder that dispatches its attention through ``AttentionInterface``. Multimodal models: the text decoder
+            is served, towers keep their attention.
+        config : IceConfig, optional
+            Settings; the defaults of :class:`IceConfig` otherwise.
+        policy : str, default="icecache"
+            What chooses the pages; see :func:`icecache.policies.make_policy`.
+        **overrides
+            Fields of the config to replace.
+
+        Raises
+        ------
+        ConfigError
+            If a setting is out of range or unknown.
+        UnsupportedModelError
+            If the model cannot be served; it is left untouched.
+        CacheStateError
+            If the model is wrapped already.
+        """
+        base = config or IceConfig()
+        try:
+            settings = replace(base, **overrides)  # type: ignore[arg-type]
+        except TypeError as error:
+            unknown = sorted(set(overrides) - set(IceConfig.__dataclass_fields__))
+            msg = f"unknown settings: {', '.join(unknown)}"
+            raise ConfigError(msg) from error
+        return cls(model, settings, policy)
+
+    def unwrap(self) -> PreTrainedModel:
+        """Restore the model exactly and return it; caches made by this runtime are dead afterwards. Idempotent."""
+        if not self._engine.closed:
+            self._engine.closed = True
+            self._hooks.remove()
+        return self.model
+
+    def __enter__(self) -> IceRuntime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unwrap()
+
+    @property
+    def layer_plan(self) -> tuple[str, ...]:
+        """Per layer: "retrieval", or the class name of the ordinary cache layer it keeps."""
+        return tuple(self._hooks.plan)
+
+    @property
+    def trace(self) -> Trace | None:
+        """Called with a :class:`icecache.stats.TraceEvent` per layer and decode step; None: nothing is recorded."""
+        return self._services.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self._services.trace = trace
+
+    def generate(self, *args: object, **kwargs: object) -> object:
+        """Call ``model.generate`` with the same arguments."""
+        self._check_open()
+        return self.model.generate(*args, **kwargs)
+
+    def new_cache(self) -> DynamicCache:
+        """Give an empty cache for several turns: pass it as ``past_key_values``."""
+        self._check_open()
+        return self._hooks.new_cache()
+
+    def adopt(self, cache: Cache, *, attention_mask: torch.Tensor | None = None) -> DynamicCache:
+        """Make a cache of ours from a filled one, which stays usable.
+
+        A plain ``DynamicCache`` (a dense prefill of this model, say) is paged and indexed; a cache of another runtime
+        on the same model is forked copy-on-write when sink and window agree, so one prefill and index serve several
+        budgets.
+
+        Parameters
+        ----------
+        cache : Cache
+            As above.
+        attention_mask : torch.Tensor, optional
+            (n_rows, n_positions), 0 marks the padding of a plain cache.
+
+        Raises
+        ------
+        CacheStateError
+            If the cache does not fit this runtime; the message says what differs.
+        BadTensorError, PoolExhaustedError
+            As for a prefill.
+        """
+        self._check_open()
+        with torch.no_grad():
+            return adopt(self._hooks, cache, attention_mask)
+
+    def stats(self) -> RuntimeStats:
+        """Counters since ``wrap`` or :meth:`reset_stats`. Waits for the device."""
+        recorder, layers = self._recorder, list(self._engine.layers)
+        mass = sum(float(held) for held in self._services.mass.values())
+        pages = [layer.pages for layer in layers if layer.pages is not None]
+        dense = [pair for layer in layers if (pair := layer.dense_pair()) is not None]
+        return RuntimeStats(
+            steps=recorder.steps,
+            attended_mean=recorder.attended_sum / recorder.attended_n if recorder.attended_n else 0.0,
+            attended_min=recorder.attended_min,
+            attended_max=recorder.attended_max,
+            pages_read=recorder.pages_read,
+            bytes_to_device=recorder.bytes_to_device,
+            bytes_to_host=recorder.bytes_to_host,
+            device_bytes=sum(p.near.nbytes() for p in pages) + sum(k.nbytes + v.nbytes for k, v in dense),
+            host_bytes=self._services.stores.used_bytes(),
+            index_bytes=sum(p.index_bytes() for p in pages),
+            ms=dict(recorder.ms),
+            mass_kept=mass / recorder.mass_n if recorder.mass_n else float("nan"),
+        )
+
+    def reset_stats(self) -> None:
+        """Start counting anew."""
+        self._recorder = self._services.recorder = Recorder()
+        self._services.mass.clear()
+
+    def _check_open(self) -> None:
+        if self._engine.closed:
+            msg = "this runtime was unwrapped; wrap the model again"
+            raise CacheStateError(msg)

@@ -1,0 +1,173 @@
+"""The protocol of a selector, and the one rule that all of them share: what fits the budget is read whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from icecache import _core
+from icecache.config import PAGE_TOKENS
+from icecache.errors import BadTensorError
+from icecache.pages import LayerPages, Stores, drain
+from icecache.stats import Recorder, Trace
+from icecache.transfer import Fetched, Staging
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One decode step of one layer, for some rows of the batch.
+
+    Parameters
+    ----------
+    layer : int
+        Layer of the model.
+    forests : list of Forest
+        One per row.
+    queries : numpy.ndarray
+        float32 (R, H, G, Dk), post-RoPE.
+    n_pages : int
+        Pages to read per KV head.
+    scaling : float
+        What the model multiplies its logits with.
+    softcap : float or None
+        ``softcap * tanh(logit / softcap)``, if the model does that.
+    key_dim, value_dim, dtype, device
+        Of the tensors to return.
+    """
+
+    layer: int
+    forests: list[_core.Forest]
+    queries: npt.NDArray[np.float32]
+    n_pages: int
+    scaling: float
+    softcap: float | None
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a selector chose and fetched.
+
+    Parameters
+    ----------
+    fetched : Fetched
+        The tokens, on the device.
+    lse : numpy.ndarray or None
+        float32 (R, H, G, 2): log-sum-exp of the scaled logits over all host tokens (estimate) and over the chosen
+        ones. None: everything was chosen, or nobody knows.
+    pages, positions : numpy.ndarray
+        int64 (R, H, K) ids and int32 (R, H, K, 16) forest token indices, -1 where there is none. For the trace only.
+    everything : bool
+        Whether all host tokens of these rows were read.
+    """
+
+    fetched: Fetched
+    lse: npt.NDArray[np.float32] | None
+    pages: npt.NDArray[np.int64] | None = None
+    positions: npt.NDArray[np.int32] | None = None
+    everything: bool = False
+
+
+@dataclass(slots=True)
+class Services:
+    """What a runtime lends to each of its layers."""
+
+    pool: _core.Pool
+    stores: Stores
+    staging: Staging
+    recorder: Recorder
+    selector: Selector | None
+    n_pages: int
+    trace: Trace | None = None
+    mass: dict[torch.device, torch.Tensor] = field(default_factory=dict)
+    """Sum of the estimated mass kept, on each device: read only when somebody asks, so a step need not wait."""
+
+    def drain(self, layers: Sequence[LayerPages]) -> None:
+        """Move what is due from the windows of `layers` to their forests; see :func:`icecache.pages.drain`."""
+        drain(self.pool, self.recorder, layers)
+
+    def fetch(self, request: Request, selection: _core.Selection) -> Fetched:
+        """Bring all pages of a selection to the device."""
+        width = selection.pages.shape[2]
+        shape = (request.key_dim, request.value_dim, request.dtype, request.device)
+        return self.staging.fetch(self.pool, self.recorder, selection, 0, width, *shape)
+
+    def read(self, request: Request, selection: _core.Selection, *, everything: bool = False) -> Read:
+        """Fetch a selection; ids and positions are copied out only when a trace is set."""
+        fetched, lse = self.fetch(request, selection), None if everything else np.asarray(selection.lse)
+        if self.trace is None:
+            return Read(fetched, lse, everything=everything)
+        return Read(fetched, lse, np.asarray(selection.pages), selection.positions(), everything)
+
+
+class Selector(Protocol):
+    """Chooses what the query group of each KV head reads from the host."""
+
+    def read(self, services: Services, request: Request) -> Read:
+        """Choose and fetch at most ``16 n_pages`` tokens per KV head."""
+        ...
+
+
+def read_groups(
+    services: Services, pages: LayerPages, queries: torch.Tensor, scaling: float, softcap: float | None
+) -> Iterator[tuple[list[int], Read]]:
+    """Read the host tokens of all rows: whole where they fit the budget, chosen by the selector elsewhere.
+
+    Pages of the tail are not full, so "as many pages as the budget has" would not cover a context that it covers in
+    tokens; reading such rows whole keeps the promise that a covering budget equals dense attention.
+
+    Parameters
+    ----------
+    queries : torch.Tensor
+        (B, H, G, Dk), any dtype and device.
+
+    Yields
+    ------
+    rows, read
+        Rows of the batch and what was fetched for them; rows without host tokens do not appear.
+
+    Raises
+    ------
+    BadTensorError
+        If a query holds NaN or infinity.
+    """
+    if services.selector is None or not pages.forests:
+        return
+    limit = services.n_pages * PAGE_TOKENS
+    whole = [b for b in range(pages.n_rows) if 0 < len(pages.forests[b]) <= limit]
+    chosen = [b for b in range(pages.n_rows) if len(pages.forests[b]) > limit]
+    near = pages.near
+    shape = (near.keys.shape[-1], near.values.shape[-1], near.keys.dtype, near.keys.device)
+    host = np.empty(0, np.float32)
+    if chosen:
+        host = queries.detach().float().cpu().contiguous().numpy()  # sync: the search runs on the host
+    for rows in (whole, chosen):
+        if not rows:
+            continue
+        forests = [pages.forests[b] for b in rows]
+        row_queries = host if rows is whole or len(rows) == pages.n_rows else np.ascontiguousarray(host[rows])
+        request = Request(pages.layer, forests, row_queries, services.n_pages, scaling, softcap, *shape)
+        if rows is whole:
+            yield rows, services.read(request, _core.all_pages(forests), everything=True)
+        else:
+            yield rows, _checked_read(services, request, rows)
+
+
+def _checked_read(services: Services, request: Request, rows: Sequence[int]) -> Read:
+    assert services.selector is not None
+    try:
+        return services.selector.read(services, request)
+    except ValueError as error:
+        bad = [b for b, q in zip(rows, request.queries, strict=True) if not np.isfinite(q).all()]
+        if not bad:
+            raise
+        msg = f"layer {request.layer}, row {bad[0]}: queries hold NaN or infinity"
+        raise BadTensorError(msg) from error
