@@ -33,6 +33,7 @@ mod sync;
 mod tail;
 mod tokens;
 mod validate;
+pub mod vector;
 
 pub use arena::{HeapSlabs, PageStore, SlabAllocator, StoreOptions};
 pub use brute::{brute_pages, brute_tokens};

@@ -1,7 +1,26 @@
 //! `icecache._core`: convert, check, release the GIL, call the core, map the error.
+//!
+//! No algorithm lives here. Every call that locks or works longer than a few microseconds runs in [`errors::run`], which
+//! detaches from the interpreter and turns a panic of the core into a `RuntimeError`.
+
+mod arrays;
+mod errors;
+mod forest;
+mod pool;
+mod selection;
+mod vector;
 
 use pyo3::prelude::*;
 
 /// The compiled half of the Python package `icecache`.
 #[pymodule(gil_used = false)]
-mod _core {}
+mod _core {
+    #[pymodule_export]
+    use crate::forest::{Forest, PageStore, extend};
+    #[pymodule_export]
+    use crate::pool::{Pool, simd};
+    #[pymodule_export]
+    use crate::selection::{Selection, all_pages, search, select_pages};
+    #[pymodule_export]
+    use crate::vector::VectorIndex;
+}

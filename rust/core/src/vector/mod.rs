@@ -1,0 +1,27 @@
+//! The standalone index: vectors with ids that come and go, searched by inner product, squared L2 or cosine.
+//!
+//! It stands on one [`HeadIndex`](crate::HeadIndex) that stores keys only and adds what a key-value cache does not need:
+//!
+//! * **ids**: a token position of the tree is an internal row number; ids live beside the segments, row numbers of removed
+//!   vectors are marked dead and reclaimed when a third of all rows are;
+//! * **metrics**: every metric is a score `larger = closer` on stored rows (`metric`), rows are stored centred;
+//! * **order**: a bulk addition is sorted by balanced bisection first, so that the 1024 rows of a segment are near each
+//!   other (`order`); a sequence of attention keys has that locality by itself, a table of vectors has not;
+//! * **effort**: a search visits pages until the rows it has not seen are expected to hold next to nothing (`search`);
+//! * **files**: rows and ids, checksummed (`format`); loading packs the pages again.
+//!
+//! Readers load one [`arc_swap::ArcSwap`] snapshot and never wait; writers hold one mutex per index.
+
+mod error;
+mod format;
+mod index;
+mod metric;
+mod order;
+mod search;
+mod state;
+mod write;
+
+pub use error::{Result, VectorError};
+pub use index::{OnConflict, VectorConfig, VectorIndex, VectorStats};
+pub use metric::Metric;
+pub use search::Neighbours;

@@ -1,0 +1,372 @@
+//! Nearest rows of a query.
+//!
+//! Pages are visited in the order of how many rows better than the k-th best so far they are expected to hold. For a page
+//! with mean `c` and root mean square distance `r` of its rows to the mean, the score of a row is taken as normal around
+//! the score of the mean with deviation `z r w`: `w` is the norm of the query (of query minus mean for L2), and `z` is
+//! measured on the rows this query has seen already. So a query that runs along the directions in which pages are wide
+//! looks at more pages than one that does not, and nothing needs to be tuned per data set.
+//!
+//! The search ends after `beam` pages or, by default, when all unseen pages together are expected to hold fewer than
+//! [`MISSED`] of the k results. Tail rows (fewer than 1024) are always scored.
+#![forbid(unsafe_code)]
+
+use rayon::prelude::*;
+
+use super::metric::{Metric, Prepared};
+use super::state::State;
+use crate::config::{PAGE_TOKENS, SEGMENT_PAGES};
+use crate::segment::Summaries;
+use crate::simd::{BLOCK, kernels};
+
+/// Expected share of the k nearest that the default search may leave unseen; half of the promised 1 - .95, because the
+/// normal model errs on heavy tails.
+const MISSED: f32 = 0.025;
+/// Pages of the first round, before anything is known about the spread along the query.
+const FIRST_PAGES: usize = 16;
+/// Results kept beyond k, so that the f64 re-ranking can repair what f32 sums misorder at the edge.
+const SPARE: usize = 8;
+
+/// Results of a batch, row-major `[n_queries, k]`.
+#[derive(Debug, Default, Clone, PartialEq)]
+pub struct Neighbours {
+    /// Ids, nearest first, -1 where there is none.
+    pub ids: Vec<i64>,
+    /// Distances, ascending, infinity where there is none.
+    pub distances: Vec<f32>,
+    /// Pages scored row by row, summed over the queries (tail pages not counted).
+    pub visited_pages: u64,
+}
+
+/// How much a search looks at.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Effort {
+    pub(super) beam: Option<usize>,
+    pub(super) exact: bool,
+}
+
+/// Search many queries, on the pool this is called in; `queries` is checked.
+pub(super) fn search_batch(
+    state: &State, metric: Metric, queries: &[f32], k: usize, effort: Effort, parallel: bool,
+) -> Neighbours {
+    let one = |query: &[f32]| {
+        let mut search = Search::new(state, metric, query, k);
+        search.run(effort);
+        search.finish()
+    };
+    let dim = state.dim();
+    let rows: Vec<(Vec<(f32, i64)>, u64)> = if parallel {
+        queries.par_chunks_exact(dim).map(one).collect()
+    } else {
+        queries.chunks_exact(dim).map(one).collect()
+    };
+    let mut found = Neighbours {
+        ids: vec![-1; rows.len() * k],
+        distances: vec![f32::INFINITY; rows.len() * k],
+        visited_pages: 0,
+    };
+    for (row, (nearest, visited)) in rows.into_iter().enumerate() {
+        found.visited_pages += visited;
+        for (rank, (distance, id)) in nearest.into_iter().enumerate() {
+            found.ids[row * k + rank] = id;
+            found.distances[row * k + rank] = distance;
+        }
+    }
+    found
+}
+
+#[derive(Clone, Copy)]
+struct Candidate {
+    score: f32,
+    id: i64,
+    page: u32,
+    slot: u32,
+}
+
+/// The best scores so far; `floor` is the score a row must reach to matter.
+struct Best {
+    wanted: usize,
+    entries: Vec<Candidate>,
+    floor: f32,
+}
+
+impl Best {
+    fn push(&mut self, candidate: Candidate) {
+        self.entries.push(candidate);
+        if self.entries.len() >= 2 * self.wanted + 64 {
+            self.shrink();
+        }
+    }
+
+    /// Keep the best `wanted`: higher score first, lower id among equals.
+    fn shrink(&mut self) {
+        if self.wanted == 0 {
+            self.entries.clear();
+        }
+        if self.entries.len() < self.wanted.max(1) {
+            return;
+        }
+        let by_rank = |a: &Candidate, b: &Candidate| b.score.total_cmp(&a.score).then(a.id.cmp(&b.id));
+        self.entries.select_nth_unstable_by(self.wanted - 1, by_rank);
+        self.entries.truncate(self.wanted);
+        self.floor = self.entries[self.wanted - 1].score;
+    }
+
+    /// Score of the k-th best so far; minus infinity when there are fewer.
+    fn kth(&mut self, k: usize) -> f32 {
+        self.shrink();
+        if k == 0 || self.entries.len() < k {
+            return f32::NEG_INFINITY;
+        }
+        let (_, kth, _) = self.entries.select_nth_unstable_by(k - 1, |a, b| b.score.total_cmp(&a.score));
+        kth.score
+    }
+}
+
+/// A sealed page that was not visited yet.
+#[derive(Clone, Copy)]
+struct Unseen {
+    page: u32,
+    count: f32,
+    /// Score of the page's mean: expected score of its rows.
+    center: f32,
+    /// `r w` of the module's doc.
+    width: f32,
+    /// What pages are visited by: rows expected above the k-th best or, before there are k, an optimistic score.
+    promise: f32,
+}
+
+struct Search<'a> {
+    state: &'a State,
+    metric: Metric,
+    prepared: Prepared,
+    k: usize,
+    best: Best,
+    unseen: Vec<Unseen>,
+    /// Sum and number of squared standardised offsets of the rows seen.
+    squares: f64,
+    n_seen: f64,
+    visited: u64,
+}
+
+impl<'a> Search<'a> {
+    fn new(state: &'a State, metric: Metric, query: &[f32], k: usize) -> Self {
+        let k = k.min(state.n_live);
+        let wanted = if k == 0 { 0 } else { k.saturating_add(SPARE) };
+        let best = Best { wanted, entries: Vec::new(), floor: f32::NEG_INFINITY };
+        let prepared = metric.prepare(query, &state.mean);
+        Self { state, metric, prepared, k, best, unseen: Vec::new(), squares: 0.0, n_seen: 0.0, visited: 0 }
+    }
+
+    fn run(&mut self, effort: Effort) {
+        if self.k == 0 {
+            return;
+        }
+        for page in self.state.tail() {
+            self.score_page(page as u32);
+        }
+        if effort.exact {
+            for page in self.state.sealed() {
+                self.score_page(page as u32);
+            }
+            return;
+        }
+        self.rank_pages();
+        let beam = effort.beam.unwrap_or(usize::MAX).min(self.unseen.len());
+        let limit = if effort.beam.is_some() { 0.0 } else { MISSED * self.k as f32 };
+        let mut round = FIRST_PAGES;
+        while (self.visited as usize) < beam {
+            let rest = self.expect();
+            if effort.beam.is_none() && rest <= limit {
+                break;
+            }
+            let take = round.min(beam - self.visited as usize).min(self.unseen.len());
+            self.visit_best(take, rest - limit);
+            round = (self.visited as usize / 2).max(FIRST_PAGES);
+        }
+    }
+
+    /// Score of every sealed page's mean.
+    fn rank_pages(&mut self) {
+        let query = QuantisedQuery::new(&self.prepared.query);
+        let query_norm = self.prepared.square.sqrt();
+        for (segment, entry) in self.state.view.snapshot().segments.iter().enumerate() {
+            let summaries = &entry.segment.summaries;
+            let dots = query.dots(summaries);
+            for (place, &dot) in dots.iter().enumerate().take(entry.segment.n_pages()) {
+                let count = entry.mask(place).count_ones() as f32;
+                if count == 0.0 {
+                    continue;
+                }
+                let radius = summaries.spreads[place];
+                let (center, distance) = if self.metric == Metric::SquaredL2 {
+                    // q.y - y.y / 2 averaged over the page: mean of y.y = c.c + r * r.
+                    let square = summaries.mean_squares[place];
+                    let apart = (self.prepared.square - 2.0 * dot + square).max(0.0).sqrt();
+                    (dot - 0.5 * (square + radius * radius), apart)
+                } else {
+                    (dot, query_norm)
+                };
+                // A page of equal rows has no width; one part in a hundred stands for the rounding of its mean.
+                let width = (radius * distance).max(0.01 * center.abs()).max(f32::MIN_POSITIVE);
+                let page = (segment * SEGMENT_PAGES + place) as u32;
+                self.unseen.push(Unseen { page, count, center, width, promise: 0.0 });
+            }
+        }
+    }
+
+    /// Fill in the promises; returns how many results all unseen pages are expected to hold.
+    fn expect(&mut self) -> f32 {
+        let floor = self.best.kth(self.k);
+        // Before anything was seen: rows of a page scatter in some 30 directions, as attention keys and embeddings do.
+        let deviation =
+            if self.n_seen >= 64.0 { (self.squares / self.n_seen).sqrt() as f32 } else { 30f32.sqrt().recip() };
+        let deviation = deviation.max(1e-6);
+        if floor == f32::NEG_INFINITY {
+            for page in &mut self.unseen {
+                page.promise = page.center + deviation * page.width;
+            }
+            return f32::INFINITY;
+        }
+        let mut total = 0.0;
+        for page in &mut self.unseen {
+            page.promise = page.count * normal_tail((floor - page.center) / (deviation * page.width));
+            total += page.promise;
+        }
+        total
+    }
+
+    /// Visit the `take` most promising pages, or fewer when they cover an expectation of `enough`.
+    fn visit_best(&mut self, take: usize, enough: f32) {
+        if take < self.unseen.len() {
+            self.unseen.select_nth_unstable_by(take, |a, b| {
+                b.promise.total_cmp(&a.promise).then(b.center.total_cmp(&a.center)).then(a.page.cmp(&b.page))
+            });
+        }
+        let mut chosen: Vec<Unseen> = self.unseen.drain(..take).collect();
+        chosen.sort_unstable_by(|a, b| b.promise.total_cmp(&a.promise).then(a.page.cmp(&b.page)));
+        let mut covered = 0.0;
+        let mut kept = 0;
+        for (at, unseen) in chosen.iter().enumerate() {
+            // Pages come in blocks of four at least: a round costs a pass over all expectations.
+            if covered > enough && at % 4 == 0 && at > 0 {
+                break;
+            }
+            covered += unseen.promise;
+            kept = at + 1;
+            self.visit(*unseen);
+        }
+        self.unseen.extend_from_slice(&chosen[kept..]);
+    }
+
+    fn visit(&mut self, unseen: Unseen) {
+        self.visited += 1;
+        let (scores, count) = self.score_page(unseen.page);
+        for score in &scores[..count] {
+            let offset = f64::from((score - unseen.center) / unseen.width);
+            self.squares += offset * offset;
+        }
+        self.n_seen += count as f64;
+    }
+
+    /// Score the rows of a page and keep the live ones that matter; returns the scores of all written slots.
+    fn score_page(&mut self, ordinal: u32) -> ([f32; PAGE_TOKENS], usize) {
+        let mut scores = [0.0; PAGE_TOKENS];
+        let state = self.state;
+        let Some(page) = state.view.page(ordinal as usize) else { return (scores, 0) };
+        let count = state.score_rows(&self.prepared.query, &page, &mut scores);
+        for (slot, score) in scores[..count].iter_mut().enumerate() {
+            let (block, at) = state.place(page.position(slot));
+            if self.metric == Metric::SquaredL2 {
+                *score -= block.extra[at];
+            }
+            if *score >= self.best.floor && page.live >> slot & 1 == 1 {
+                self.best.push(Candidate { score: *score, id: block.ids[at], page: ordinal, slot: slot as u32 });
+            }
+        }
+        (scores, count)
+    }
+
+    /// Exact distances in f64 of the best, nearest first, and the pages visited.
+    fn finish(mut self) -> (Vec<(f32, i64)>, u64) {
+        self.best.shrink();
+        let mut row = vec![0.0f32; self.state.dim()];
+        let mut nearest = Vec::with_capacity(self.best.entries.len());
+        for entry in &self.best.entries {
+            let Some(page) = self.state.view.page(entry.page as usize) else { continue };
+            crate::rows::decode(self.state.layout.dtype, page.row(entry.slot as usize).key, &mut row);
+            nearest.push((self.metric.distance(&self.prepared, &row), entry.id));
+        }
+        nearest.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
+        nearest.truncate(self.k);
+        (nearest, self.visited)
+    }
+}
+
+/// A query in 16-bit levels, for the integer scan of the page means.
+struct QuantisedQuery {
+    /// `[2 * pairs]`, zero padded.
+    levels: Vec<i16>,
+    scale: f32,
+}
+
+impl QuantisedQuery {
+    fn new(query: &[f32]) -> Self {
+        // Largest level for which a sum of dim products with 7-bit levels stays within 31 bits.
+        let top = (f64::from(1u32 << 24) / query.len() as f64).min(32_000.0).floor() as f32;
+        let max = query.iter().fold(0.0f32, |max, value| max.max(value.abs()));
+        let scale = max / top;
+        let mut levels = vec![0; query.len().next_multiple_of(2)];
+        if scale.is_normal() {
+            for (level, value) in levels.iter_mut().zip(query) {
+                *level = (value / scale).round() as i16;
+            }
+        }
+        Self { levels, scale }
+    }
+
+    /// Inner products with all page means of a segment.
+    fn dots(&self, summaries: &Summaries) -> Vec<f32> {
+        let pairs = self.levels.len() / 2;
+        let mut dots = Vec::with_capacity(summaries.n_blocks() * BLOCK);
+        let mut raw = [0i32; BLOCK];
+        for block in 0..summaries.n_blocks() {
+            (kernels().scan)(summaries.block(block), &self.levels, pairs, &mut raw);
+            let scales = &summaries.scales[block * BLOCK..][..BLOCK];
+            dots.extend(raw.iter().zip(scales).map(|(&sum, &scale)| sum as f32 * scale * self.scale));
+        }
+        dots
+    }
+}
+
+/// Probability that a standard normal variable exceeds `x`, to 1e-6 (Abramowitz and Stegun 26.2.17).
+fn normal_tail(x: f32) -> f32 {
+    let size = x.abs();
+    let t = 1.0 / (1.0 + 0.231_641_9 * size);
+    let series = t * (0.319_381_53 + t * (-0.356_563_78 + t * (1.781_477_9 + t * (-1.821_256 + t * 1.330_274_4))));
+    let tail = 0.398_942_3 * (-0.5 * size * size).exp() * series;
+    if x >= 0.0 { tail } else { 1.0 - tail }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_normal_tail_matches_its_table() {
+        for (x, tail) in [(0.0, 0.5), (1.0, 0.158_655), (-1.0, 0.841_345), (2.5, 0.006_209_7), (6.0, 9.87e-10)] {
+            assert!((normal_tail(x) - tail).abs() < 2e-6, "{x}");
+        }
+    }
+
+    #[test]
+    fn the_best_keep_low_ids_among_equal_scores() {
+        let mut best = Best { wanted: 3, entries: Vec::new(), floor: f32::NEG_INFINITY };
+        for id in (0..500).rev() {
+            best.push(Candidate { score: 1.0, id, page: 0, slot: 0 });
+        }
+        best.shrink();
+        let mut ids: Vec<i64> = best.entries.iter().map(|entry| entry.id).collect();
+        ids.sort_unstable();
+        assert_eq!(ids, [0, 1, 2]);
+    }
+}

@@ -1,0 +1,61 @@
+//! Errors of the core as Python exceptions, in one place.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use icecache_core::Error;
+use icecache_core::vector::VectorError;
+use pyo3::exceptions::{PyKeyError, PyMemoryError, PyRuntimeError, PyValueError};
+use pyo3::prelude::*;
+
+/// An error that has a Python exception.
+pub(crate) trait IntoPy {
+    fn into_py(self, py: Python<'_>) -> PyErr;
+}
+
+impl IntoPy for Error {
+    fn into_py(self, _py: Python<'_>) -> PyErr {
+        let message = self.to_string();
+        match self {
+            Self::MemoryLimit { .. } | Self::OutOfMemory { .. } => PyMemoryError::new_err(message),
+            Self::Invariant(_) => PyRuntimeError::new_err(message),
+            // Everything else is an argument that does not fit.
+            _ => PyValueError::new_err(message),
+        }
+    }
+}
+
+impl IntoPy for VectorError {
+    fn into_py(self, py: Python<'_>) -> PyErr {
+        match self {
+            Self::Core(error) => error.into_py(py),
+            Self::Missing(_) => PyKeyError::new_err(self.to_string()),
+            Self::Format(_) => index_format_error(py, self.to_string()),
+            _ => PyValueError::new_err(self.to_string()),
+        }
+    }
+}
+
+/// `icecache.errors.IndexFormatError`, a `ValueError`.
+fn index_format_error(py: Python<'_>, message: String) -> PyErr {
+    let class = py.import("icecache.errors").and_then(|module| module.getattr("IndexFormatError"));
+    match class.and_then(|class| class.call1((message,))) {
+        Ok(error) => PyErr::from_value(error),
+        Err(error) => error,
+    }
+}
+
+/// Runs `work` without the GIL; a panic becomes a `RuntimeError`.
+///
+/// The core publishes complete states only, so a panic half-way leaves what was published before.
+pub(crate) fn run<T: Send, E: IntoPy + Send>(
+    py: Python<'_>, work: impl FnOnce() -> Result<T, E> + Send,
+) -> PyResult<T> {
+    match py.detach(|| catch_unwind(AssertUnwindSafe(work))) {
+        Ok(result) => result.map_err(|error| error.into_py(py)),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+            Err(PyRuntimeError::new_err(format!("bug in IceCache, please report it: {text}")))
+        }
+    }
+}

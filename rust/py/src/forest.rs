@@ -1,0 +1,223 @@
+//! Page stores and forests.
+#![expect(clippy::needless_pass_by_value, reason = "PyO3 extracts lists by value")]
+
+use std::sync::Arc;
+
+use icecache_core::{self as core, Dtype, ExtendRow, PageLayout, StoreOptions};
+use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::arrays::{count, optional_count, readonly, readwrite, slice, slice_mut};
+use crate::errors::{IntoPy, run};
+use crate::pool::Pool;
+
+/// Memory for pages of 16 keys and 16 values, shared by any number of forests.
+///
+/// Parameters
+/// ----------
+/// `key_dim`, `value_dim` : int
+///     Elements of a key (1..=65536) and of a value (0..=65536; 0 stores keys only).
+/// dtype : {"float32", "float16", "bfloat16"}
+/// `limit_bytes` : int, optional
+///     Most bytes of pages in use; a call that needs more raises `MemoryError` and changes nothing.
+#[pyclass(frozen, module = "icecache._core")]
+pub(crate) struct PageStore {
+    inner: Arc<core::PageStore>,
+}
+
+#[pymethods]
+impl PageStore {
+    #[new]
+    #[pyo3(signature = (key_dim, value_dim, dtype, *, limit_bytes=None))]
+    fn new(
+        py: Python<'_>,
+        key_dim: &Bound<'_, PyAny>,
+        value_dim: &Bound<'_, PyAny>,
+        dtype: &str,
+        limit_bytes: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let (key_dim, value_dim) = (count(key_dim, "key_dim")?, count(value_dim, "value_dim")?);
+        let options = StoreOptions { limit_bytes: optional_count(limit_bytes, "limit_bytes")?, ..StoreOptions::default() };
+        let make = || core::PageStore::new(PageLayout::new(Dtype::parse(dtype)?, key_dim, value_dim)?, options);
+        make().map(|inner| Self { inner }).map_err(|error| error.into_py(py))
+    }
+
+    /// Elements of a key.
+    #[getter]
+    fn key_dim(&self) -> usize {
+        self.inner.layout().key_dim
+    }
+
+    /// Elements of a value.
+    #[getter]
+    fn value_dim(&self) -> usize {
+        self.inner.layout().value_dim
+    }
+
+    /// Element type.
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.inner.layout().dtype.name()
+    }
+
+    /// Bytes of a page.
+    #[getter]
+    fn page_bytes(&self) -> usize {
+        self.inner.page_bytes()
+    }
+
+    /// Bytes of the pages in use.
+    fn used_bytes(&self) -> usize {
+        self.inner.used_bytes()
+    }
+
+    /// Bytes taken from the system.
+    fn reserved_bytes(&self) -> usize {
+        self.inner.reserved_bytes()
+    }
+}
+
+/// The keys and values of one sequence of one layer: a tree of pages per KV head, all of the same length.
+///
+/// Reads and searches never wait for a writer; writers of one forest wait for each other.
+///
+/// Parameters
+/// ----------
+/// store : `PageStore`
+/// `n_kv_heads` : int
+///     1..=65536.
+#[pyclass(frozen, module = "icecache._core")]
+pub(crate) struct Forest {
+    pub(crate) inner: core::Forest,
+}
+
+impl Forest {
+    /// Expected shape of `n` keys or values of every head, as bytes.
+    fn rows_shape(&self, n: Option<usize>, row_bytes: usize) -> [Option<usize>; 3] {
+        [Some(self.inner.n_heads()), n, Some(row_bytes)]
+    }
+}
+
+#[pymethods]
+impl Forest {
+    #[new]
+    fn new(py: Python<'_>, store: &Bound<'_, PageStore>, n_kv_heads: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let n_heads = count(n_kv_heads, "n_kv_heads")?;
+        let store = Arc::clone(&store.get().inner);
+        core::Forest::new(store, n_heads).map(|inner| Self { inner }).map_err(|error| error.into_py(py))
+    }
+
+    /// KV heads.
+    #[getter]
+    fn n_kv_heads(&self) -> usize {
+        self.inner.n_heads()
+    }
+
+    fn __len__(&self) -> usize {
+        self.inner.len()
+    }
+
+    /// Pages of each head.
+    fn n_pages(&self) -> Vec<usize> {
+        self.inner.n_pages()
+    }
+
+    /// A forest with the same tokens that shares all pages; neither sees tokens that the other adds later.
+    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
+        let inner = run::<_, core::Error>(py, || Ok(self.inner.fork()))?;
+        Ok(Self { inner })
+    }
+
+    /// Keep the first `n_tokens` tokens.
+    fn crop(&self, py: Python<'_>, n_tokens: &Bound<'_, PyAny>) -> PyResult<()> {
+        let n = count(n_tokens, "n_tokens")?;
+        run(py, || self.inner.crop(n))
+    }
+
+    /// Copy the keys and values of tokens start..stop to `out_keys` and `out_values`, uint8 (H, stop - start, bytes).
+    fn read(
+        &self,
+        py: Python<'_>,
+        start: &Bound<'_, PyAny>,
+        stop: &Bound<'_, PyAny>,
+        out_keys: &Bound<'_, PyAny>,
+        out_values: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let (start, stop) = (count(start, "start")?, count(stop, "stop")?);
+        let Some(n) = stop.checked_sub(start) else {
+            return Err(PyValueError::new_err(format!("start: expected at most stop = {stop}, got {start}")));
+        };
+        let layout = self.inner.store().layout();
+        let mut keys = readwrite::<u8>(out_keys, "out_keys", &self.rows_shape(Some(n), layout.key_bytes()))?;
+        let mut values = readwrite::<u8>(out_values, "out_values", &self.rows_shape(Some(n), layout.value_bytes()))?;
+        let (keys, values) = (slice_mut(&mut keys, "out_keys")?, slice_mut(&mut values, "out_values")?);
+        run(py, || self.inner.read(start, stop, keys, values))
+    }
+
+    /// Check every invariant; `RuntimeError` names the first one that does not hold.
+    fn validate(&self, py: Python<'_>) -> PyResult<()> {
+        run(py, || self.inner.validate())
+    }
+
+    /// Bytes of the index beside the pages.
+    fn index_bytes(&self, py: Python<'_>) -> PyResult<usize> {
+        run::<_, core::Error>(py, || Ok(self.inner.index_bytes()))
+    }
+
+    /// What happened so far: inserts, splits, seals; and what there is: segments, `tail_tokens`. Summed over the heads.
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = run::<_, core::Error>(py, || Ok(self.inner.counters()))?;
+        let dict = PyDict::new(py);
+        dict.set_item("inserts", counters.inserts)?;
+        dict.set_item("splits", counters.splits)?;
+        dict.set_item("seals", counters.seals)?;
+        dict.set_item("segments", counters.segments)?;
+        dict.set_item("tail_tokens", counters.tail_tokens)?;
+        Ok(dict)
+    }
+
+    /// Hash of the whole structure: the layout of the pages and their bytes.
+    fn digest(&self, py: Python<'_>) -> PyResult<u64> {
+        run::<_, core::Error>(py, || Ok(self.inner.digest()))
+    }
+}
+
+/// Add tokens to many sequences: row r gets the keys and values uint8 (H, n, bytes) of the lists' r-th arrays.
+///
+/// All rows are checked first; on an error nothing has changed.
+#[pyfunction]
+pub(crate) fn extend(
+    py: Python<'_>,
+    pool: &Bound<'_, Pool>,
+    forests: Vec<Bound<'_, Forest>>,
+    keys: Vec<Bound<'_, PyAny>>,
+    values: Vec<Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    for (name, received) in [("keys", keys.len()), ("values", values.len())] {
+        if received != forests.len() {
+            let expected = forests.len();
+            return Err(PyValueError::new_err(format!("{name}: expected {expected} arrays, one per forest, got {received}")));
+        }
+    }
+    let mut borrowed: Vec<[PyReadonlyArrayDyn<'_, u8>; 2]> = Vec::with_capacity(forests.len());
+    for (row, forest) in forests.iter().enumerate() {
+        let forest = forest.get();
+        let layout = forest.inner.store().layout();
+        let row_keys = readonly::<u8>(&keys[row], &format!("keys[{row}]"), &forest.rows_shape(None, layout.key_bytes()))?;
+        let n = row_keys.shape()[1];
+        let shape = forest.rows_shape(Some(n), layout.value_bytes());
+        borrowed.push([row_keys, readonly::<u8>(&values[row], &format!("values[{row}]"), &shape)?]);
+    }
+    let mut rows = Vec::with_capacity(forests.len());
+    for (forest, [keys, values]) in forests.iter().zip(&borrowed) {
+        rows.push(ExtendRow {
+            forest: &forest.get().inner,
+            keys: slice(keys, "keys")?,
+            values: slice(values, "values")?,
+        });
+    }
+    let pool = &pool.get().inner;
+    run(py, || core::extend(pool, &rows))
+}
