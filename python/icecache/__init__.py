@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from icecache.errors import CacheStateError as CacheStateError
     from icecache.errors import ConfigError as ConfigError
     from icecache.errors import IceCacheError as IceCacheError
+    from icecache.errors import IndexFormatError as IndexFormatError
     from icecache.errors import PoolExhaustedError as PoolExhaustedError
     from icecache.errors import UnsupportedModelError as UnsupportedModelError
     from icecache.index import Index as Index
+    from icecache.index import SearchResult as SearchResult
+    from icecache.index import brute_force as brute_force
     from icecache.runtime import IceRuntime as IceRuntime
     from icecache.stats import RuntimeStats as RuntimeStats
 
@@ -23,9 +26,12 @@ _HOME = {
     "CacheStateError": "icecache.errors",
     "ConfigError": "icecache.errors",
     "IceCacheError": "icecache.errors",
+    "IndexFormatError": "icecache.errors",
     "PoolExhaustedError": "icecache.errors",
     "UnsupportedModelError": "icecache.errors",
     "Index": "icecache.index",
+    "SearchResult": "icecache.index",
+    "brute_force": "icecache.index",
     "IceRuntime": "icecache.runtime",
     "RuntimeStats": "icecache.stats",
 }
@@ -37,9 +43,12 @@ __all__ = [
     "IceConfig",
     "IceRuntime",
     "Index",
+    "IndexFormatError",
     "PoolExhaustedError",
     "RuntimeStats",
+    "SearchResult",
     "UnsupportedModelError",
+    "brute_force",
 ]
 __version__ = "0.1.0"
 

@@ -23,6 +23,10 @@ class BadTensorError(IceCacheError, ValueError):
     """A key, value or query holds NaN or infinity, or has a dtype, device or shape that does not fit its cache."""
 
 
+class IndexFormatError(IceCacheError, ValueError):
+    """Bytes or a file that are no index of this version: cut short, corrupted or foreign."""
+
+
 class PoolExhaustedError(IceCacheError, MemoryError):
     """Host memory for pages is used up. The sequence stays as it was before the step.
 
