@@ -9,6 +9,9 @@
 //! Writers of one tree exclude each other with a mutex. `README.md` beside this crate has the protocol.
 
 mod arena;
+#[cfg(feature = "bench")]
+#[doc(hidden)]
+pub mod bench;
 mod brute;
 mod config;
 mod digest;

@@ -47,7 +47,8 @@ pub(crate) fn dot_f64(dtype: Dtype, row: &[u8], query: &[f32]) -> f64 {
 /// Dot products of rows against queries, finite whatever the input.
 pub(crate) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
     (kernels().dots)(input, stride, out);
-    if !out.iter().all(|x| x.is_finite()) {
+    // No early exit: that would keep the check from being vectorised.
+    if !out.iter().fold(true, |ok, x| ok & x.is_finite()) {
         repair_dots(input, stride, out);
     }
 }

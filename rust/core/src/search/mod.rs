@@ -20,6 +20,8 @@ use crate::forest::{Forest, check_length};
 use crate::selection::Selection;
 use crate::snapshot::View;
 
+#[cfg(feature = "bench")]
+pub(crate) use exact::PageScorer;
 pub(crate) use exact::live_dots;
 pub(crate) use head::{HeadOut, Scratch, search_head};
 pub(crate) use quantised::QuantisedQueries;

@@ -5,7 +5,11 @@
 //! `((0+4)+(2+6)) + ((1+5)+(3+7))`. So a result depends neither on the instruction set nor on how many rows are
 //! scored together. Integer sums are exact.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
 mod scalar;
+#[cfg(test)]
+mod tests;
 
 use crate::layout::Dtype;
 use crate::sync::OnceLock;
@@ -61,6 +65,10 @@ pub(crate) fn kernels() -> &'static Kernels {
 }
 
 fn choose() -> &'static Kernels {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(kernels) = avx2::detect() {
+        return kernels;
+    }
     &scalar::KERNELS
 }
 

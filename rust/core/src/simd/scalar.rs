@@ -62,11 +62,17 @@ fn scan(block: &[i8], queries: &[i16], pairs: usize, out: &mut [i32]) {
     }
 }
 
-/// Scales, clamps and caps a dot product.
+/// Scales, clamps and caps dot products.
 #[inline(always)]
-pub(super) fn to_logit(x: f32, logit: Logit) -> f32 {
-    let x = (x * logit.scaling).clamp(-LOGIT_LIMIT, LOGIT_LIMIT);
-    if logit.softcap > 0.0 { logit.softcap * (x / logit.softcap).tanh() } else { x }
+fn to_logits(x: &mut [f32; BLOCK], logit: Logit) {
+    for x in x.iter_mut() {
+        *x = (*x * logit.scaling).clamp(-LOGIT_LIMIT, LOGIT_LIMIT);
+    }
+    if logit.softcap > 0.0 {
+        for x in x.iter_mut() {
+            *x = logit.softcap * (*x / logit.softcap).tanh();
+        }
+    }
 }
 
 #[inline(always)]
@@ -79,15 +85,17 @@ pub(super) fn logits_body(
     out: &mut [f32],
 ) -> f32 {
     let (raw, scales, ln_counts) = (&raw[..BLOCK], &scales[..BLOCK], &ln_counts[..BLOCK]);
-    let out = &mut out[..BLOCK];
-    let mut max = [f32::NEG_INFINITY; BLOCK];
+    let mut x = [0.0_f32; BLOCK];
     for p in 0..BLOCK {
-        // The product of scales may overflow; the clamp keeps 0 * infinity away.
-        let scale = (scales[p] * query_scale).min(f32::MAX);
-        out[p] = to_logit(raw[p] as f32 * scale, logit) + ln_counts[p];
-        max[p] = out[p];
+        // The product of scales may overflow; the bound keeps 0 * infinity away.
+        x[p] = raw[p] as f32 * (scales[p] * query_scale).min(f32::MAX);
     }
-    max.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    to_logits(&mut x, logit);
+    for p in 0..BLOCK {
+        x[p] += ln_counts[p];
+    }
+    out[..BLOCK].copy_from_slice(&x);
+    max16(&x)
 }
 
 fn logits(raw: &[i32], scales: &[f32], query_scale: f32, logit: Logit, ln_counts: &[f32], out: &mut [f32]) -> f32 {
@@ -170,15 +178,32 @@ fn sum(x: &[f32]) -> f32 {
     sum_body(x)
 }
 
+/// Largest of 16 values, without NaN.
+#[inline(always)]
+fn max16(x: &[f32; BLOCK]) -> f32 {
+    let mut max = [f32::NEG_INFINITY; LANES];
+    for lane in 0..LANES {
+        max[lane] = if x[lane] > x[lane + LANES] { x[lane] } else { x[lane + LANES] };
+    }
+    for width in [4, 2, 1] {
+        for lane in 0..width {
+            max[lane] = if max[lane] > max[lane + width] { max[lane] } else { max[lane + width] };
+        }
+    }
+    max[0]
+}
+
 #[inline(always)]
 pub(super) fn softmax_body(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {
+    // Lanes at and above `count` hold leftovers: computed like the others, then masked.
     let mut x = [f32::NEG_INFINITY; BLOCK];
-    for (x, dot) in x.iter_mut().zip(&dots[..count]) {
-        *x = to_logit(*dot, logit);
+    x.copy_from_slice(&dots[..BLOCK]);
+    to_logits(&mut x, logit);
+    for (lane, x) in x.iter_mut().enumerate() {
+        *x = if lane < count { *x } else { f32::NEG_INFINITY };
     }
-    let max = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum = if count == 0 { 0.0 } else { exp_sum_body(&mut x, max) };
-    (max, sum)
+    let max = max16(&x);
+    if count == 0 { (max, 0.0) } else { (max, exp_sum_body(&mut x, max)) }
 }
 
 fn softmax(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {

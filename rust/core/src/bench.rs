@@ -1,0 +1,83 @@
+//! Single stages of a search, for benchmarks only (feature `bench`). Not part of the interface.
+#![forbid(unsafe_code)]
+#![allow(missing_docs)]
+
+use crate::config::{PAGE_TOKENS, SearchOptions};
+use crate::layout::Dtype;
+use crate::math::{dots, log_sum};
+use crate::search::{PageScorer, QuantisedQueries, Scan};
+use crate::simd::{BLOCK, Dots, Logit, kernels};
+use crate::snapshot::View;
+
+/// Buffers of the stages below.
+#[derive(Default)]
+pub struct Stages {
+    scan: Scan,
+    queries: QuantisedQueries,
+    logits: Vec<f32>,
+    dots: Vec<f32>,
+    max: Vec<f32>,
+}
+
+impl Stages {
+    /// One int8 scan of all page summaries for all heads; returns the largest logit.
+    pub fn scan(&mut self, view: &View, queries: &[f32], dim: usize, scaling: f32) -> f32 {
+        self.queries.set(queries, dim, |x| x);
+        self.scan.visit_all(view);
+        let group = queries.len() / dim;
+        let stride = self.scan.blocks.len() * BLOCK;
+        self.logits.resize(group * stride, 0.0);
+        self.max.clear();
+        self.max.resize(group, f32::NEG_INFINITY);
+        let logit = Logit { scaling, softcap: 0.0 };
+        self.scan.run(view, &self.queries, logit, stride, &mut self.logits, &mut self.max);
+        self.max.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+
+    /// Exact scores of the pages with these ordinals; returns the sum of all log-sum-exps.
+    pub fn exact(&mut self, view: &View, ordinals: &[usize], queries: &[f32], scaling: f32) -> f32 {
+        let Some(layout) = view.layout() else { return 0.0 };
+        let logit = Logit { scaling, softcap: 0.0 };
+        let mut scorer = PageScorer { layout, queries, logit, dots: &mut self.dots };
+        let mut total = 0.0;
+        for page in ordinals.iter().filter_map(|&ordinal| view.page(ordinal)) {
+            scorer.score(&page, |_, max, sum| total += max + sum);
+        }
+        total
+    }
+
+    /// All keys `[n, dim]` against all queries, with the log-sum-exp of every run of 16; returns the largest.
+    pub fn brute_force(&mut self, keys: &[f32], queries: &[f32], dim: usize, scaling: f32) -> f32 {
+        let group = queries.len() / dim;
+        self.dots.resize(group * PAGE_TOKENS, 0.0);
+        let logit = Logit { scaling, softcap: 0.0 };
+        let mut best = f32::NEG_INFINITY;
+        for rows in keys.chunks_exact(PAGE_TOKENS * dim) {
+            let rows = bytemuck::cast_slice(rows);
+            dots(Dots { dtype: Dtype::F32, rows, dim, queries }, PAGE_TOKENS, &mut self.dots);
+            for g in 0..group {
+                let (max, sum) = (kernels().softmax)(&self.dots[g * PAGE_TOKENS..][..PAGE_TOKENS], PAGE_TOKENS, logit);
+                best = best.max(max + sum * 0.0);
+            }
+        }
+        best
+    }
+}
+
+/// Log-sum-exp of all keys per query head, exact.
+pub fn exact_lse(view: &View, queries: &[f32], options: &SearchOptions) -> Vec<f32> {
+    let Some(layout) = view.layout() else { return Vec::new() };
+    let logit = Logit { scaling: options.scaling, softcap: options.softcap.unwrap_or(0.0) };
+    let group = queries.len() / layout.key_dim;
+    let mut buffer = Vec::new();
+    let mut scorer = PageScorer { layout, queries, logit, dots: &mut buffer };
+    let mut pages = vec![Vec::new(); group];
+    for page in view.pages() {
+        scorer.score(&page, |g, max, sum| pages[g].push(log_sum(max, sum)));
+    }
+    let total = |lse: &Vec<f32>| {
+        let max = lse.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        max + lse.iter().map(|x| (x - max).exp()).sum::<f32>().ln()
+    };
+    pages.iter().map(total).collect()
+}

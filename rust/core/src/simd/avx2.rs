@@ -1,0 +1,234 @@
+//! AVX2 with FMA and F16C: the same results as `scalar.rs`, bit for bit.
+
+use std::arch::x86_64::*;
+
+use super::scalar;
+use super::{BLOCK, Dots, Kernels, LANES, Logit};
+use crate::layout::Dtype;
+
+/// Kernels for machines with AVX2, FMA and F16C; `None` elsewhere.
+pub(super) fn detect() -> Option<&'static Kernels> {
+    let here = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    here.then_some(&KERNELS)
+}
+
+/// Private: reached through `detect` only, which is the proof every `SAFETY` comment below relies on.
+static KERNELS: Kernels = Kernels { name: "avx2", dots, scan, logits, exp_sum, add_scaled, sum, softmax };
+
+/// Independent accumulators of a tile; fewer leave the FMA units waiting for their own results.
+const TILE: usize = 8;
+
+fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
+    let n = input.rows.len() / (input.dim * input.dtype.size());
+    let group = input.queries.len() / input.dim;
+    assert!(group == 0 || n == 0 || out.len() >= (group - 1) * stride + n, "output too short");
+    // SAFETY: `detect` found the features.
+    unsafe {
+        match input.dtype {
+            Dtype::F32 => dots_typed::<F32>(input, n, stride, out),
+            Dtype::F16 => dots_typed::<F16>(input, n, stride, out),
+            Dtype::Bf16 => dots_typed::<Bf16>(input, n, stride, out),
+        }
+    }
+}
+
+/// How to load eight elements of a type.
+trait Element {
+    const BYTES: usize;
+    /// # Safety
+    /// AVX2 and F16C are present and `8 * BYTES` bytes can be read at `from`.
+    unsafe fn load(from: *const u8) -> __m256;
+}
+
+struct F32;
+struct F16;
+struct Bf16;
+
+impl Element for F32 {
+    const BYTES: usize = 4;
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load(from: *const u8) -> __m256 {
+        // SAFETY: the caller's contract.
+        unsafe { _mm256_loadu_ps(from.cast()) }
+    }
+}
+
+impl Element for F16 {
+    const BYTES: usize = 2;
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load(from: *const u8) -> __m256 {
+        // SAFETY: the caller's contract.
+        _mm256_cvtph_ps(unsafe { _mm_loadu_si128(from.cast()) })
+    }
+}
+
+impl Element for Bf16 {
+    const BYTES: usize = 2;
+    #[inline]
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn load(from: *const u8) -> __m256 {
+        // SAFETY: the caller's contract.
+        let half = unsafe { _mm_loadu_si128(from.cast()) };
+        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(half)))
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn dots_typed<E: Element>(input: Dots<'_>, n: usize, stride: usize, out: &mut [f32]) {
+    let group = input.queries.len() / input.dim;
+    let mut g = 0;
+    while g < group {
+        let done = match group - g {
+            4.. => tiles::<E, 2, 4>(input, g, n, stride, out),
+            2..4 => tiles::<E, 4, 2>(input, g, n, stride, out),
+            _ => tiles::<E, 8, 1>(input, g, n, stride, out),
+        };
+        g += done;
+    }
+}
+
+/// All rows against queries `g .. g + G`; returns `G`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tiles<E: Element, const R: usize, const G: usize>(
+    input: Dots<'_>,
+    g: usize,
+    n: usize,
+    stride: usize,
+    out: &mut [f32],
+) -> usize {
+    const { assert!(R * G == TILE) };
+    let row_bytes = input.dim * E::BYTES;
+    let queries = &input.queries[g * input.dim..][..G * input.dim];
+    for r in (0..n).step_by(R) {
+        // A short last tile computes its last row more than once.
+        let rows: [&[u8]; R] = std::array::from_fn(|i| &input.rows[(r + i).min(n - 1) * row_bytes..][..row_bytes]);
+        let sums = tile::<E, R, G>(&rows, queries, input.dim);
+        for (i, sums) in sums.chunks_exact(G).enumerate().take(n - r) {
+            for (j, sum) in sums.iter().enumerate() {
+                out[(g + j) * stride + r + i] = *sum;
+            }
+        }
+    }
+    G
+}
+
+/// `R x G` dot products, row-major.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn tile<E: Element, const R: usize, const G: usize>(rows: &[&[u8]; R], queries: &[f32], dim: usize) -> [f32; TILE] {
+    let mut sums = [_mm256_setzero_ps(); TILE];
+    let whole = dim / LANES * LANES;
+    for start in (0..whole).step_by(LANES) {
+        // SAFETY: `start + 8 <= dim`, and every row has `dim` elements.
+        let keys: [__m256; R] = std::array::from_fn(|r| unsafe { E::load(rows[r].as_ptr().add(start * E::BYTES)) });
+        for j in 0..G {
+            // SAFETY: `start + 8 <= dim`, and there are `G` queries of `dim` elements.
+            let query = unsafe { _mm256_loadu_ps(queries.as_ptr().add(j * dim + start)) };
+            for r in 0..R {
+                sums[r * G + j] = _mm256_fmadd_ps(keys[r], query, sums[r * G + j]);
+            }
+        }
+    }
+    if whole < dim {
+        // The ends, padded with zeros as the specification does.
+        let mut query = [[0.0_f32; LANES]; G];
+        for j in 0..G {
+            query[j][..dim - whole].copy_from_slice(&queries[j * dim + whole..][..dim - whole]);
+        }
+        for r in 0..R {
+            let mut key = [0_u8; 4 * LANES];
+            key[..(dim - whole) * E::BYTES].copy_from_slice(&rows[r][whole * E::BYTES..]);
+            // SAFETY: the buffer holds eight elements of any type.
+            let key = unsafe { E::load(key.as_ptr()) };
+            for j in 0..G {
+                // SAFETY: the buffer holds eight floats.
+                let query = unsafe { _mm256_loadu_ps(query[j].as_ptr()) };
+                sums[r * G + j] = _mm256_fmadd_ps(key, query, sums[r * G + j]);
+            }
+        }
+    }
+    reduce(sums)
+}
+
+/// `((0+4)+(2+6)) + ((1+5)+(3+7))` of eight accumulators at once.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn reduce(sums: [__m256; TILE]) -> [f32; TILE] {
+    let halves = |a, b| _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b));
+    let quarters = |a, b| _mm256_add_ps(_mm256_shuffle_ps::<0x44>(a, b), _mm256_shuffle_ps::<0xEE>(a, b));
+    let pairs = |a, b| _mm256_add_ps(_mm256_shuffle_ps::<0x88>(a, b), _mm256_shuffle_ps::<0xDD>(a, b));
+    let low = quarters(halves(sums[0], sums[1]), halves(sums[2], sums[3]));
+    let high = quarters(halves(sums[4], sums[5]), halves(sums[6], sums[7]));
+    let mut mixed = [0.0; TILE];
+    // SAFETY: the array holds eight floats.
+    unsafe { _mm256_storeu_ps(mixed.as_mut_ptr(), pairs(low, high)) };
+    let [a, c, e, g, b, d, f, h] = mixed;
+    [a, b, c, d, e, f, g, h]
+}
+
+fn scan(block: &[i8], queries: &[i16], pairs: usize, out: &mut [i32]) {
+    let group = queries.len() / (2 * pairs);
+    assert_eq!(block.len(), 2 * BLOCK * pairs, "block length");
+    assert!(out.len() >= group * BLOCK, "output too short");
+    let mut g = 0;
+    while g < group {
+        let (queries, out) = (&queries[g * 2 * pairs..], &mut out[g * BLOCK..]);
+        // SAFETY: `detect` found the features.
+        g += unsafe {
+            match group - g {
+                4.. => scan_group::<4>(block, queries, pairs, out),
+                2..4 => scan_group::<2>(block, queries, pairs, out),
+                _ => scan_group::<1>(block, queries, pairs, out),
+            }
+        };
+    }
+}
+
+/// One block against `G` queries; returns `G`. A lane is a page, so there are no horizontal sums.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn scan_group<const G: usize>(block: &[i8], queries: &[i16], pairs: usize, out: &mut [i32]) -> usize {
+    let (queries, out) = (&queries[..G * 2 * pairs], &mut out[..G * BLOCK]);
+    let mut sums = [[_mm256_setzero_si256(); 2]; G];
+    for (pair, dims) in block.chunks_exact(2 * BLOCK).enumerate() {
+        // SAFETY: `dims` has 32 bytes.
+        let low = _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(dims.as_ptr().cast()) });
+        // SAFETY: as above, the second half.
+        let high = _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(dims[BLOCK..].as_ptr().cast()) });
+        for g in 0..G {
+            // SAFETY: query `g` has `2 * pairs` elements.
+            let query = unsafe { queries.as_ptr().add(g * 2 * pairs + 2 * pair).cast::<i32>().read_unaligned() };
+            let query = _mm256_set1_epi32(query);
+            sums[g][0] = _mm256_add_epi32(sums[g][0], _mm256_madd_epi16(low, query));
+            sums[g][1] = _mm256_add_epi32(sums[g][1], _mm256_madd_epi16(high, query));
+        }
+    }
+    for (half, sum) in out.chunks_exact_mut(LANES).zip(sums.iter().flatten()) {
+        // SAFETY: `half` has eight elements.
+        unsafe { _mm256_storeu_si256(half.as_mut_ptr().cast(), *sum) };
+    }
+    G
+}
+
+/// Compiles a body of `scalar.rs` again with the wider features.
+macro_rules! again {
+    ($name:ident, $body:path, ($($arg:ident: $type:ty),*) $(-> $result:ty)?) => {
+        fn $name($($arg: $type),*) $(-> $result)? {
+            #[target_feature(enable = "avx2,fma")]
+            fn wide($($arg: $type),*) $(-> $result)? {
+                $body($($arg),*)
+            }
+            // SAFETY: `detect` found the features.
+            unsafe { wide($($arg),*) }
+        }
+    };
+}
+
+again!(logits, scalar::logits_body, (raw: &[i32], scales: &[f32], query_scale: f32, logit: Logit, ln_counts: &[f32], out: &mut [f32]) -> f32);
+again!(exp_sum, scalar::exp_sum_body, (x: &mut [f32], max: f32) -> f32);
+again!(add_scaled, scalar::add_scaled_body, (weights: &mut [f32], masses: &[f32], factor: f32));
+again!(sum, scalar::sum_body, (x: &[f32]) -> f32);
+again!(softmax, scalar::softmax_body, (dots: &[f32], count: usize, logit: Logit) -> (f32, f32));
