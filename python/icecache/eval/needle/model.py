@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +33,20 @@ def needle_path() -> Path:
     return path
 
 
+@contextmanager
+def without_progress_bar() -> Iterator[None]:
+    """Silence transformers' bar for a file of 6 MiB, and give it back."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
 def load_needle(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -58,6 +74,7 @@ def load_needle(
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     path = needle_path()
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    with without_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
     return model.to(device).eval(), tokenizer
