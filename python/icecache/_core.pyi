@@ -2,8 +2,8 @@
 
 Dimension key: R rows (sequences), H KV heads, G query heads per KV head, K pages, n tokens or vectors, dim elements.
 "bytes" as an axis stands for dim * itemsize: keys and values cross as C-contiguous uint8 views of their elements.
-Arrays are borrowed for the length of the call. Arguments that do not fit raise `ValueError` or `TypeError` with the name
-of the argument, what came and what was expected, and change nothing.
+Arrays are borrowed for the length of the call. Arguments that do not fit raise `ValueError` or `TypeError` with the
+name of the argument, what came and what was expected, and change nothing.
 """
 
 import numpy as np
@@ -78,7 +78,7 @@ class Forest:
     def n_pages(self) -> list[int]:
         """Pages of each head."""
     def fork(self) -> Forest:
-        """A forest with the same tokens that shares all pages; neither sees tokens that the other adds later."""
+        """Make a forest with the same tokens that shares all pages; neither sees what the other adds later."""
     def crop(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` tokens; the result equals a build of that prefix."""
     def read(self, start: int, stop: int, out_keys: _Bytes, out_values: _Bytes) -> None:
@@ -88,7 +88,7 @@ class Forest:
     def index_bytes(self) -> int:
         """Bytes of the index beside the pages."""
     def counters(self) -> dict[str, int]:
-        """What happened: inserts, splits, seals; what there is: segments, tail_tokens. Summed over the heads."""
+        """Count what happened (inserts, splits, seals) and what there is (segments, tail_tokens), over all heads."""
     def digest(self) -> int:
         """Hash of the whole structure: the layout of the pages and their bytes."""
 
@@ -133,10 +133,10 @@ def search(
     """
 
 def select_pages(forests: list[Forest], pages: npt.NDArray[np.int64]) -> Selection:
-    """The given pages, int64 (R, H, K) ids of the current snapshots, -1 for none."""
+    """Choose the given pages, int64 (R, H, K) ids of the current snapshots, -1 for none."""
 
 def all_pages(forests: list[Forest]) -> Selection:
-    """Every page of every head; K is the largest number of pages of a head."""
+    """Choose every page of every head; K is the largest number of pages of a head."""
 
 class Selection:
     """Pages chosen per (row, KV head); made by `search`, `select_pages` and `all_pages`.
@@ -165,7 +165,7 @@ class Selection:
     def positions(self) -> npt.NDArray[np.int32]:
         """Token of each slot, (R, H, K, 16), live slots first, then -1."""
     def gather(self, pool: Pool, first: int, last: int, out_keys: _Bytes, out_values: _Bytes) -> int:
-        """Copy pages first..last to uint8 arrays (R, H, last - first, 16, bytes); returns the bytes of live rows copied.
+        """Copy pages first..last to uint8 arrays (R, H, last - first, 16, bytes); returns the bytes of live rows.
 
         Live slots come first, unused slots are zeroed.
         """
@@ -218,11 +218,11 @@ class VectorIndex:
     def stats(self) -> dict[str, int]:
         """Counters: vectors, removed, segments, pages, tail, page_bytes, index_bytes, compactions."""
     def copy(self) -> VectorIndex:
-        """An independent index with the same content; pages are shared."""
+        """Make an independent index with the same content; pages are shared."""
     def validate(self) -> None:
         """Check every invariant; `RuntimeError` names the first one that does not hold."""
     def to_bytes(self) -> bytes:
-        """The index as a file."""
+        """Give the index as a file."""
     @staticmethod
     def from_bytes(pool: Pool, data: bytes) -> VectorIndex:
-        """The index of a file that `to_bytes` made; `icecache.errors.IndexFormatError` if it is none."""
+        """Make the index of a file that `to_bytes` made; `icecache.errors.IndexFormatError` if it is none."""

@@ -1,4 +1,4 @@
-"""Standalone nearest-neighbour index: maximum inner product, squared L2 and cosine, from NumPy or torch, no torch needed."""
+"""Standalone nearest-neighbour index: maximum inner product, squared L2 and cosine; torch is not needed."""
 
 from __future__ import annotations
 

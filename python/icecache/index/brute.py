@@ -69,13 +69,16 @@ def brute_force(queries: npt.ArrayLike, vectors: npt.ArrayLike, k: int = 10, met
     return SearchResult(ids[0], distances[0]) if single else SearchResult(ids, distances)
 
 
-def _distances(query: npt.NDArray[np.float64], base: npt.NDArray[np.float64], metric: Metric) -> npt.NDArray[np.float64]:
+def _distances(
+    query: npt.NDArray[np.float64], base: npt.NDArray[np.float64], metric: Metric
+) -> npt.NDArray[np.float64]:
     """All distances, (n_queries, n)."""
-    dots = query @ base.T
+    dots: npt.NDArray[np.float64] = query @ base.T
     if metric == "ip":
-        return -dots
+        return np.negative(dots)
     if metric == "l2":
         squares = (query * query).sum(1)[:, None] - 2.0 * dots + (base * base).sum(1)[None, :]
-        return np.maximum(squares, 0.0)
+        return np.asarray(np.maximum(squares, 0.0), np.float64)
     norms = np.linalg.norm(query, axis=1)[:, None] * np.linalg.norm(base, axis=1)[None, :]
-    return 1.0 - np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    cosines: npt.NDArray[np.float64] = np.divide(dots, norms, out=np.zeros_like(dots), where=norms > 0)
+    return np.subtract(1.0, cosines)

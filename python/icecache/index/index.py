@@ -35,9 +35,9 @@ class Index:
     dtype : {"float32", "float16", "bfloat16"}, default="float32"
         How vectors are stored. Queries and sums stay in float32.
     center : bool, default=True
-        Subtract the mean of the first 1024 or more vectors before storing. The ranking does not change (for ``ip`` every
-        score moves by the same constant), distances are reported for the vectors as given; pages get better because
-        keys with a large common part look alike otherwise.
+        Subtract the mean of the first 1024 or more vectors before storing. The ranking does not change (for ``ip``
+        every score moves by the same constant), distances are reported for the vectors as given; pages get better
+        because keys with a large common part look alike otherwise.
     seed : int, default=0
         Start of the ordering of bulk additions. Same seed, same calls: same index, whatever the number of threads.
     threads : int, optional
@@ -52,8 +52,8 @@ class Index:
     Writers wait for each other per index, and `get`, `contains` and `save` wait for a running writer; `search` and
     `len` do not. The GIL is released while the core works.
 
-    **Effort.** ``beam`` is the number of pages (16 vectors each) scored exactly per query. By default each query goes on
-    until the vectors it has not looked at are expected to hold less than 1 in 40 of its k nearest, judged by how far
+    **Effort.** ``beam`` is the number of pages (16 vectors each) scored exactly per query. By default each query goes
+    on until the vectors it has not looked at are expected to hold less than 1 in 40 of its k nearest, judged by how far
     the ones it has seen lie from their page's mean: few pages for clustered data, most of them for random directions.
     """
 
@@ -236,7 +236,7 @@ class Index:
         return self._core.nbytes()
 
     def stats(self) -> dict[str, int]:
-        """Counters: vectors, removed (not yet reclaimed), segments, pages, tail, page_bytes, index_bytes, compactions."""
+        """Count vectors, removed (not yet reclaimed), segments, pages, tail, page_bytes, index_bytes, compactions."""
         return self._core.stats()
 
     def validate(self) -> None:

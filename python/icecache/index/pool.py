@@ -12,8 +12,8 @@ _pools: dict[tuple[int, int | None], _core.Pool] = {}
 def shared_pool(threads: int | None) -> _core.Pool:
     """Give the pool of `threads` workers of this process.
 
-    Many small indexes share one pool: a pool per index would leave hundreds of parked threads. The key holds the process
-    id because threads do not survive `os.fork`: a child makes its own.
+    Many small indexes share one pool: a pool per index would leave hundreds of parked threads. The key holds the
+    process id because threads do not survive `os.fork`: a child makes its own.
     """
     key = (os.getpid(), threads)
     pool = _pools.get(key)
