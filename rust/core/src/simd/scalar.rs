@@ -1,6 +1,6 @@
 //! The specification: plain Rust, the same operations in the same order as every other instruction set.
 //!
-//! The `inline(always)` bodies are compiled again under wider target features by the other files.
+//! Two loops over whole slices are compiled again under wider target features by the other files.
 
 use half::{bf16, f16};
 
@@ -13,7 +13,7 @@ pub(crate) static KERNELS: Kernels = Kernels { name: "scalar", dots, scan, logit
 pub(crate) const LOGIT_LIMIT: f32 = 1e30;
 
 /// Element `i` of a row.
-#[inline(always)]
+#[inline]
 pub(super) fn element(dtype: Dtype, row: &[u8], i: usize) -> f32 {
     match dtype {
         Dtype::F32 => f32::from_le_bytes([row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]]),
@@ -23,7 +23,7 @@ pub(super) fn element(dtype: Dtype, row: &[u8], i: usize) -> f32 {
 }
 
 /// `((0+4)+(2+6)) + ((1+5)+(3+7))`.
-#[inline(always)]
+#[inline]
 pub(super) fn reduce(lanes: [f32; LANES]) -> f32 {
     let [a, b, c, d, e, f, g, h] = lanes;
     ((a + e) + (c + g)) + ((b + f) + (d + h))
@@ -62,29 +62,24 @@ fn scan(block: &[i8], queries: &[i16], pairs: usize, out: &mut [i32]) {
     }
 }
 
+/// `softcap * tanh(x / softcap)`.
+pub(super) fn cap(x: &mut [f32], softcap: f32) {
+    for x in x.iter_mut() {
+        *x = softcap * (*x / softcap).tanh();
+    }
+}
+
 /// Scales, clamps and caps dot products.
-#[inline(always)]
 fn to_logits(x: &mut [f32; BLOCK], logit: Logit) {
     for x in x.iter_mut() {
         *x = (*x * logit.scaling).clamp(-LOGIT_LIMIT, LOGIT_LIMIT);
     }
     if logit.softcap > 0.0 {
-        for x in x.iter_mut() {
-            *x = logit.softcap * (*x / logit.softcap).tanh();
-        }
+        cap(x, logit.softcap);
     }
 }
 
-#[inline(always)]
-pub(super) fn logits_body(
-    raw: &[i32],
-    scales: &[f32],
-    query_scale: f32,
-    logit: Logit,
-    ln_counts: &[f32],
-    out: &mut [f32],
-) -> f32 {
-    let (raw, scales, ln_counts) = (&raw[..BLOCK], &scales[..BLOCK], &ln_counts[..BLOCK]);
+fn logits(raw: &[i32], scales: &[f32], query_scale: f32, logit: Logit, ln_counts: &[f32], out: &mut [f32]) -> f32 {
     let mut x = [0.0_f32; BLOCK];
     for p in 0..BLOCK {
         // The product of scales may overflow; the bound keeps 0 * infinity away.
@@ -98,57 +93,52 @@ pub(super) fn logits_body(
     max16(&x)
 }
 
-fn logits(raw: &[i32], scales: &[f32], query_scale: f32, logit: Logit, ln_counts: &[f32], out: &mut [f32]) -> f32 {
-    logits_body(raw, scales, query_scale, logit, ln_counts, out)
-}
+/// Below this `exp` is taken for 0.
+pub(super) const EXP_LOWEST: f32 = -87.0;
+/// Cephes' split of ln 2 in a part with few bits and the rest.
+pub(super) const LN2_HIGH: f32 = 0.693_359_4;
+pub(super) const LN2_LOW: f32 = -2.121_944_4e-4;
+/// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+pub(super) const ROUND: f32 = 12_582_912.0;
+/// Cephes' minimax polynomial for `(exp(r) - 1 - r) / r^2`, highest power first.
+pub(super) const EXP_POLYNOMIAL: [f32; 6] =
+    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
 
 /// `exp(x)` for `x <= 0`, 0 below -87; relative error below 2e-7 (tested against `f64`).
-#[inline(always)]
 pub(super) fn exp_nonpositive(x: f32) -> f32 {
-    // Cephes' split of ln 2 and its minimax polynomial of degree 5 for (exp(r) - 1 - r) / r^2.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
-    const ROUND: f32 = 12_582_912.0;
-    let clamped = x.max(-87.0);
+    let clamped = x.max(EXP_LOWEST);
     let shifted = clamped.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = shifted - ROUND;
     let r = n.mul_add(-LN2_HIGH, clamped);
     let r = n.mul_add(-LN2_LOW, r);
-    let mut p = 1.987_569_1e-4_f32;
-    p = p.mul_add(r, 1.398_199_9e-3);
-    p = p.mul_add(r, 8.333_452e-3);
-    p = p.mul_add(r, 4.166_579_6e-2);
-    p = p.mul_add(r, 1.666_666_5e-1);
-    p = p.mul_add(r, 0.5);
+    let mut p = EXP_POLYNOMIAL[0];
+    for coefficient in &EXP_POLYNOMIAL[1..] {
+        p = p.mul_add(r, *coefficient);
+    }
     let e = p.mul_add(r * r, r) + 1.0;
     // The integer n sits in the mantissa of `shifted`; move it to the exponent.
-    let bits = (shifted.to_bits() << 23).wrapping_add(0x3f80_0000);
-    if x < -87.0 { 0.0 } else { e * f32::from_bits(bits) }
+    let power = f32::from_bits((shifted.to_bits() << 23).wrapping_add(0x3f80_0000));
+    if x < EXP_LOWEST { 0.0 } else { e * power }
 }
 
-#[inline(always)]
-pub(super) fn exp_sum_body(x: &mut [f32], max: f32) -> f32 {
-    let mut lanes = [0.0_f32; LANES];
-    let (chunks, rest) = x.as_chunks_mut::<LANES>();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            chunk[lane] = exp_nonpositive(chunk[lane] - max);
-            lanes[lane] += chunk[lane];
-        }
-    }
-    for (x, lane) in rest.iter_mut().zip(&mut lanes) {
+/// The end of a slice that is no multiple of eight.
+pub(super) fn exp_rest(rest: &mut [f32], max: f32, sums: &mut [f32; LANES]) {
+    for (x, sum) in rest.iter_mut().zip(sums) {
         *x = exp_nonpositive(*x - max);
-        *lane += *x;
+        *sum += *x;
     }
-    reduce(lanes)
 }
 
 fn exp_sum(x: &mut [f32], max: f32) -> f32 {
-    exp_sum_body(x, max)
+    let mut sums = [0.0_f32; LANES];
+    let (chunks, rest) = x.as_chunks_mut::<LANES>();
+    chunks.iter_mut().for_each(|chunk| exp_rest(chunk, max, &mut sums));
+    exp_rest(rest, max, &mut sums);
+    reduce(sums)
 }
 
 #[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
 pub(super) fn add_scaled_body(weights: &mut [f32], masses: &[f32], factor: f32) {
     for (weight, mass) in weights.iter_mut().zip(masses) {
         *weight = mass.mul_add(factor, *weight);
@@ -160,6 +150,7 @@ fn add_scaled(weights: &mut [f32], masses: &[f32], factor: f32) {
 }
 
 #[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
 pub(super) fn sum_body(x: &[f32]) -> f32 {
     let mut lanes = [0.0_f32; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
@@ -178,8 +169,7 @@ fn sum(x: &[f32]) -> f32 {
     sum_body(x)
 }
 
-/// Largest of 16 values, without NaN.
-#[inline(always)]
+/// Largest of 16 values, none of them NaN.
 fn max16(x: &[f32; BLOCK]) -> f32 {
     let mut max = [f32::NEG_INFINITY; LANES];
     for lane in 0..LANES {
@@ -193,19 +183,12 @@ fn max16(x: &[f32; BLOCK]) -> f32 {
     max[0]
 }
 
-#[inline(always)]
-pub(super) fn softmax_body(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {
+fn softmax(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {
     // Lanes at and above `count` hold leftovers: computed like the others, then masked.
     let mut x = [f32::NEG_INFINITY; BLOCK];
     x.copy_from_slice(&dots[..BLOCK]);
     to_logits(&mut x, logit);
-    for (lane, x) in x.iter_mut().enumerate() {
-        *x = if lane < count { *x } else { f32::NEG_INFINITY };
-    }
+    x[count..].fill(f32::NEG_INFINITY);
     let max = max16(&x);
-    if count == 0 { (max, 0.0) } else { (max, exp_sum_body(&mut x, max)) }
-}
-
-fn softmax(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {
-    softmax_body(dots, count, logit)
+    if count == 0 { (max, 0.0) } else { (max, exp_sum(&mut x, max)) }
 }
