@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def demo(args: argparse.Namespace) -> int:
     """Run `icecache demo`."""
+    # Before torch loads OpenMP: threads that wait by spinning cost a multiple when other processes want the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from icecache.demo.options import QUICK_LENGTH, QUICK_SAMPLES, DemoOptions
 
     names = DemoOptions.__dataclass_fields__

@@ -1,11 +1,18 @@
-"""The arms of the demo and what is measured of each: one dense prefill a sample, one index, a fork for every budget."""
+"""The arms of the demo and what is measured of each: one dense prefill a sample, one index, a fork for every budget.
+
+Prefill and index use all threads. Steps run on one in every arm: the model is so small that a second thread gains
+little when idle and costs a multiple when the machine is busy (4k tokens, 2 busy cores: 126 ms against 7 ms a token).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
+
+import torch
 
 from icecache.demo.options import BUDGETS
 from icecache.eval.needle import Sample
@@ -88,6 +95,17 @@ class Measurement:
         return self.attended / len(sample.prompt + sample.answer)
 
 
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Bench:
     """Measures all arms on one sample after the other.
 
@@ -95,11 +113,11 @@ class Bench:
     ----------
     model : PreTrainedModel
         The shipped model, not wrapped.
-    threads : int or None
-        Threads of the index.
+    threads : int
+        Threads of prefill and index.
     """
 
-    def __init__(self, model: PreTrainedModel, threads: int | None) -> None:
+    def __init__(self, model: PreTrainedModel, threads: int) -> None:
         self.model, self.threads = model, threads
         self.trace: list[TraceEvent] = []
 
@@ -111,7 +129,7 @@ class Bench:
         sample : Sample
             The question.
         traced : bool, default=False
-            Keep what the arm `TRACED` reads in `trace`.
+            Append what the arm `TRACED` reads to `trace`.
 
         Yields
         ------
@@ -119,31 +137,31 @@ class Bench:
             "prefill" and "index" when these are done, then one measurement an arm.
         """
         began = time.perf_counter()
-        prefilled = prefill(self.model, [sample])
+        with torch_threads(self.threads):
+            prefilled = prefill(self.model, [sample])
         prefill_seconds = time.perf_counter() - began
         yield "prefill"
-        base = self._wrap(Arm("icecache", BUDGETS[0]))
+        base = self._wrap(Arm("icecache", BUDGETS[0]), self.threads)
         with base:
             began = time.perf_counter()
             paged = base.adopt(prefilled)
             index_seconds = time.perf_counter() - began
         yield "index"
         for arm in ARMS:
-            if arm.kind == "full":
-                yield self._full(sample, prefilled, prefill_seconds)
-            elif arm.kind == "streaming":
-                yield self._sparse(arm, sample, prefilled, prefill_seconds, None)
-            else:
-                if traced and arm == TRACED:
-                    self.trace.clear()
-                keep = self.trace if traced and arm == TRACED else None
-                measured = self._sparse(arm, sample, paged, prefill_seconds, index_seconds, base, keep)
-                yield measured
+            with torch_threads(1):
+                if arm.kind == "full":
+                    measured = self._full(sample, prefilled, prefill_seconds)
+                elif arm.kind == "streaming":
+                    measured = self._sparse(arm, sample, prefilled, prefill_seconds, None)
+                else:
+                    keep = self.trace if traced and arm == TRACED else None
+                    measured = self._sparse(arm, sample, paged, prefill_seconds, index_seconds, base, keep)
+            yield measured
 
-    def _wrap(self, arm: Arm) -> IceRuntime:
+    def _wrap(self, arm: Arm, threads: int = 1) -> IceRuntime:
         # dense_below=0: short demo contexts are to be answered from pages, too.
         return IceRuntime.wrap(
-            self.model, policy=arm.kind, budget=arm.budget, dense_below=0, sparse_prefill=True, threads=self.threads
+            self.model, policy=arm.kind, budget=arm.budget, dense_below=0, sparse_prefill=True, threads=threads
         )
 
     def _full(self, sample: Sample, prefilled: DynamicCache, prefill_seconds: float) -> Measurement:
