@@ -177,7 +177,7 @@ class IceRuntime:
             bytes_to_device=recorder.bytes_to_device,
             bytes_to_host=recorder.bytes_to_host,
             device_bytes=sum(p.near.nbytes() for p in pages) + sum(k.nbytes + v.nbytes for k, v in dense),
-            host_bytes=self._services.stores.used_bytes(),
+            host_bytes=sum(store.used_bytes() for store in {id(p.store): p.store for p in pages}.values()),
             index_bytes=sum(p.index_bytes() for p in pages),
             ms=dict(recorder.ms),
             mass_kept=mass / recorder.mass_n if recorder.mass_n else float("nan"),

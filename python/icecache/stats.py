@@ -31,8 +31,9 @@ class RuntimeStats:
     bytes_to_host : int
         Bytes of keys and values that left the compute device for the page store.
     device_bytes, host_bytes, index_bytes : int
-        Bytes held now by the live caches on the compute device, in pages in use, and in the index beside the pages.
-        Pages and indexes shared by forks are counted once in `host_bytes` and once per fork in `index_bytes`.
+        Bytes held now by the live caches on the compute device, in the page stores they use, and in the index beside
+        the pages. Pages shared by forks count once; `index_bytes` counts what forks share once per fork. A cache
+        adopted from another runtime uses that runtime's page store.
     ms : dict of str to float
         Wall time by part, in milliseconds: prefill_offload, index_build, search, transfer, attention. On a CUDA
         device work is queued, so attention shows the time to enqueue it.

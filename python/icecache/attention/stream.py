@@ -66,7 +66,8 @@ def stream_attention(
     if sinks is not None:
         parts = [with_sink_logits(part, sinks) for part in parts]
     out = torch.cat([part.out for part in parts], dim=3)
-    return out.permute(0, 3, 1, 2, 4).reshape(n_rows, query.shape[2], -1, values.shape[-1]).to(query.dtype)
+    out = out.permute(0, 3, 1, 2, 4).reshape(n_rows, query.shape[2], -1, values.shape[-1])
+    return out.to(query.dtype).contiguous()  # some models call view() on it
 
 
 def _pieces(query: torch.Tensor, n_keys: int) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from icecache.attention import decode_attention, stream_attention
-from icecache.errors import CacheStateError, UnsupportedModelError
+from icecache.errors import BadTensorError, CacheStateError, UnsupportedModelError
 from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
 from icecache.hf.step import Engine, Sequence, current_step
 from icecache.pages import LayerPages
@@ -113,15 +113,15 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         ------
         CacheStateError
             Outside of a forward of the model this cache belongs to.
+        BadTensorError
+            If dtype or device differ from those of the cache.
         UnsupportedModelError
             If gradients are required, or the layer was updated twice without attention.
         """
         self._check_use(key_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[0] != self.n_rows:
-            msg = f"layer {self.layer_idx}: the cache has {self.n_rows} rows, got keys of {key_states.shape[0]}"
-            raise CacheStateError(msg)
+        self._check_fit(key_states)
         self._length += key_states.shape[-2]
         if self._pages is None and self._length < self.engine.config.dense_below:
             # Exactly what DynamicLayer does, its empty tensor included: attention sees the same bits and strides.
@@ -150,6 +150,17 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._staged is not None:
             msg = f"layer {self.layer_idx}: keys were given to the cache twice without attention in between"
             raise UnsupportedModelError(msg)
+
+    def _check_fit(self, key_states: torch.Tensor) -> None:
+        if key_states.shape[0] != self.n_rows:
+            msg = f"layer {self.layer_idx}: the cache has {self.n_rows} rows, got keys of {key_states.shape[0]}"
+            raise CacheStateError(msg)
+        if key_states.dtype != self.dtype or key_states.device != self.device:
+            msg = (
+                f"layer {self.layer_idx}: the cache is {self.dtype} on {self.device}, got keys of {key_states.dtype} "
+                f"on {key_states.device}"
+            )
+            raise BadTensorError(msg)
 
     def get_seq_length(self) -> int:
         """Positions seen so far, padding included."""

@@ -157,13 +157,12 @@ class ModelHooks:
         limit, needed = services.stores.limit_bytes, 0
         if limit is None or not self.engine.layout.keeps_middle:
             return
-        for layer in layers:
-            if layer.pages is not None:
-                near = layer.pages.near
-                page_bytes = PAGE_TOKENS * (near.keys.shape[-1] + near.values.shape[-1]) * near.keys.element_size()
-                for b in range(near.n_rows):
-                    leaving = near.window_count(b) + n_new - self.engine.layout.window_tokens
-                    needed += max(leaving, 0) // PAGE_TOKENS * near.keys.shape[1] * page_bytes
+        for pages in (layer.pages for layer in layers):
+            if pages is None or not services.stores.owns(pages.store):
+                continue
+            for b in range(pages.n_rows):
+                leaving = max(pages.near.window_count(b) + n_new - self.engine.layout.window_tokens, 0)
+                needed += leaving // PAGE_TOKENS * pages.near.keys.shape[1] * pages.store.page_bytes
         available = max(limit - services.stores.used_bytes(), 0)
         if needed > available:
             msg = (

@@ -121,8 +121,8 @@ def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
 def _check_past(layer: RetrievalLayer, mask: torch.Tensor, n_past: int) -> None:
     """Raise if a 2D mask contradicts what earlier masks said; once per step, padding is the same for all layers.
 
-    Padding was never stored and tokens cannot be hidden later, so a mask that changes its mind would be silently ignored.
-    generate() infers such a mask when it is given none and the text contains the padding token.
+    Padding was never stored and tokens cannot be hidden later, so a mask that changes its mind would be silently
+    ignored. generate() infers such a mask when it is given none and the text contains the padding token.
     """
     step = current_step()
     if step is None or step.past_checked:

@@ -44,9 +44,15 @@ class LayerPages:
     """Keys and values of one layer, one ragged row per sequence of the batch."""
 
     def __init__(
-        self, layout: Layout, layer: int, near: NearBuffer, forests: list[_core.Forest], padding: PaddingLog
+        self,
+        layout: Layout,
+        layer: int,
+        store: _core.PageStore,
+        near: NearBuffer,
+        forests: list[_core.Forest],
+        padding: PaddingLog,
     ) -> None:
-        self.layout, self.layer = layout, layer
+        self.layout, self.layer, self.store = layout, layer, store
         self.near, self.forests, self.padding = near, forests, padding
         self.forgotten = [0] * near.n_rows
         """Middle tokens dropped for good, per row; stays 0 unless the layout forgets the middle."""
@@ -96,7 +102,7 @@ class LayerPages:
                     middle = to_host(row_keys[:, sink:first]), to_host(row_values[:, sink:first])
                 moves.append(Move(layer, b, forests[b], *middle))
         insert(pool, recorder, moves)
-        pages = cls(layout, layer, NearBuffer(near, layout.sink_tokens), forests, padding)
+        pages = cls(layout, layer, store, NearBuffer(near, layout.sink_tokens), forests, padding)
         pages.forgotten = forgotten
         return pages
 
@@ -175,7 +181,8 @@ class LayerPages:
         for b in rows if self.forests else ():
             forests.append(self.forests[b].fork() if b in seen else self.forests[b])
             seen.add(b)
-        pages = LayerPages(self.layout, self.layer, self.near.select(rows), forests, self.padding.select(rows))
+        near, padding = self.near.select(rows), self.padding.select(rows)
+        pages = LayerPages(self.layout, self.layer, self.store, near, forests, padding)
         pages.forgotten = [self.forgotten[b] for b in rows]
         return pages
 

@@ -66,6 +66,10 @@ class Stores:
             self._stores[shape] = _core.PageStore(key_dim, value_dim, name, limit_bytes=self.limit_bytes)
         return self._stores[shape]
 
+    def owns(self, store: _core.PageStore) -> bool:
+        """Whether `store` is one of these."""
+        return any(store is own for own in self._stores.values())
+
     def used_bytes(self) -> int:
         """Bytes of all pages in use."""
         return sum(store.used_bytes() for store in self._stores.values())

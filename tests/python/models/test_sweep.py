@@ -1,0 +1,65 @@
+"""Every decoder class of the installed transformers: identical with retrieval in use, dense by request, or refused.
+
+The list is printed in the terminal summary. "Identical" compares the logits of a prompt, of decode steps, of a later
+chunk and of more decode steps with those of the plain model.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from icecache import IceRuntime, UnsupportedModelError
+from shrink import build_tiny
+from transformers import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+
+def _classes() -> list[tuple[type, type]]:
+    rows = set()
+    for config_class, models in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+        rows |= {(config_class, model) for model in (models if isinstance(models, tuple) else (models,))}
+    return sorted(rows, key=lambda row: (row[1].__name__, row[0].__name__))
+
+
+CLASSES = _classes()
+PROMPT, CHUNK, LENGTH = 70, (76, 90), 96
+
+
+def teacher_forced(model, ids: torch.Tensor, cache) -> torch.Tensor:
+    """Logits of all positions: prompt, decode steps, a later chunk, decode steps."""
+    cuts = [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, CHUNK[0])), CHUNK]
+    cuts += [(i, i + 1) for i in range(CHUNK[1], LENGTH)]
+    with torch.no_grad():
+        return torch.cat([model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in cuts], 1)
+
+
+def outcome_of(model, ids: torch.Tensor, expected: torch.Tensor, on_unsupported: str) -> str:
+    """Run the wrapped model; "identical", "dense" or a refusal with its reason. A wrong result fails the test."""
+    try:
+        with IceRuntime.wrap(model, budget=4096, dense_below=0, threads=1, on_unsupported=on_unsupported) as runtime:
+            got = teacher_forced(model, ids, runtime.new_cache())
+            pages = runtime.stats().pages_read
+    except UnsupportedModelError as error:
+        return f"refused: {error}"
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error <= 1e-4, f"logits differ by {error:.1e} of their largest"
+    return f"identical, {pages} pages read" if pages else "dense"
+
+
+@pytest.mark.parametrize(("config_class", "model_class"), CLASSES, ids=[f"{m.__name__}-{c.__name__}" for c, m in CLASSES])
+def test_a_decoder_class_is_served_exactly_or_refused(config_class, model_class, record_property):
+    ids = torch.randint(3, 95, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+    try:
+        model = build_tiny(config_class, model_class)
+        expected = teacher_forced(model, ids, DynamicCache(config=model.config.get_text_config(decoder=True)))
+        assert expected.isfinite().all()
+    except Exception as error:
+        record_property("sweep", ("not built", f"{type(error).__name__}: {error}"))
+        pytest.skip(f"no tiny model: {type(error).__name__}: {error}")
+    outcome = outcome_of(model, ids, expected, "error")
+    if not outcome.startswith("refused"):
+        record_property("sweep", ("identical" if outcome.startswith("identical") else "dense", outcome))
+        assert outcome.startswith("identical"), "a model that is not refused must read pages"
+        return
+    by_request = outcome_of(model, ids, expected, "dense")
+    record_property("sweep", ("refused", f"{outcome.removeprefix('refused: ')} | on_unsupported=dense: {by_request}"))
