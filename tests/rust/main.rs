@@ -1,3 +1,6 @@
 //! Properties of the index, checked against slow and obvious models.
+#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod basics;
+mod vector;
+mod vector_format;

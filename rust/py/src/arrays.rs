@@ -14,7 +14,9 @@ use pyo3::types::PyInt;
 
 /// An array of `T` in C order; `shape` gives the expected length per axis, `None` for any.
 pub(crate) fn checked<'py, T: Element>(
-    value: &Bound<'py, PyAny>, name: &str, shape: &[Option<usize>],
+    value: &Bound<'py, PyAny>,
+    name: &str,
+    shape: &[Option<usize>],
 ) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
     let py = value.py();
     let expected = numpy::dtype::<T>(py);
@@ -45,7 +47,9 @@ pub(crate) fn checked<'py, T: Element>(
 
 /// Borrows a checked array for reading.
 pub(crate) fn readonly<'py, T: Element>(
-    value: &Bound<'py, PyAny>, name: &str, shape: &[Option<usize>],
+    value: &Bound<'py, PyAny>,
+    name: &str,
+    shape: &[Option<usize>],
 ) -> PyResult<PyReadonlyArrayDyn<'py, T>> {
     let array = checked::<T>(value, name, shape)?;
     array.try_readonly().map_err(|error| PyValueError::new_err(format!("{name}: {error}")))
@@ -53,7 +57,9 @@ pub(crate) fn readonly<'py, T: Element>(
 
 /// Borrows a checked array for writing.
 pub(crate) fn readwrite<'py, T: Element>(
-    value: &Bound<'py, PyAny>, name: &str, shape: &[Option<usize>],
+    value: &Bound<'py, PyAny>,
+    name: &str,
+    shape: &[Option<usize>],
 ) -> PyResult<PyReadwriteArrayDyn<'py, T>> {
     let array = checked::<T>(value, name, shape)?;
     array.try_readwrite().map_err(|error| PyValueError::new_err(format!("{name}: {error}")))
@@ -65,13 +71,18 @@ pub(crate) fn slice<'a, T: Element>(array: &'a PyReadonlyArrayDyn<'_, T>, name: 
 }
 
 /// The elements of a borrowed, checked output array.
-pub(crate) fn slice_mut<'a, T: Element>(array: &'a mut PyReadwriteArrayDyn<'_, T>, name: &str) -> PyResult<&'a mut [T]> {
+pub(crate) fn slice_mut<'a, T: Element>(
+    array: &'a mut PyReadwriteArrayDyn<'_, T>,
+    name: &str,
+) -> PyResult<&'a mut [T]> {
     array.as_slice_mut().map_err(|error| PyValueError::new_err(format!("{name}: {error}")))
 }
 
 /// A new array of the given shape; the elements are moved, not copied.
 pub(crate) fn to_array<'py, T: Element>(
-    py: Python<'py>, values: Vec<T>, shape: &[usize],
+    py: Python<'py>,
+    values: Vec<T>,
+    shape: &[usize],
 ) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
     PyArray1::from_vec(py, values).reshape(shape.to_vec())
 }
@@ -81,9 +92,11 @@ pub(crate) fn count(value: &Bound<'_, PyAny>, name: &str) -> PyResult<usize> {
     let wrong = || PyTypeError::new_err(format!("{name}: expected an int, got {:?}", value.get_type()));
     let number = value.call_method0("__index__").map_err(|_| wrong())?;
     let number = number.cast::<PyInt>().map_err(|_| wrong())?;
-    number.extract::<isize>().ok().and_then(|n| usize::try_from(n).ok()).ok_or_else(|| {
-        PyValueError::new_err(format!("{name}: expected an int in [0, 2**63), got {number}"))
-    })
+    number
+        .extract::<isize>()
+        .ok()
+        .and_then(|n| usize::try_from(n).ok())
+        .ok_or_else(|| PyValueError::new_err(format!("{name}: expected an int in [0, 2**63), got {number}")))
 }
 
 /// [`count`], or nothing for `None`.

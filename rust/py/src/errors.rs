@@ -48,7 +48,8 @@ fn index_format_error(py: Python<'_>, message: String) -> PyErr {
 ///
 /// The core publishes complete states only, so a panic half-way leaves what was published before.
 pub(crate) fn run<T: Send, E: IntoPy + Send>(
-    py: Python<'_>, work: impl FnOnce() -> Result<T, E> + Send,
+    py: Python<'_>,
+    work: impl FnOnce() -> Result<T, E> + Send,
 ) -> PyResult<T> {
     match py.detach(|| catch_unwind(AssertUnwindSafe(work))) {
         Ok(result) => result.map_err(|error| error.into_py(py)),

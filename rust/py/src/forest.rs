@@ -39,7 +39,8 @@ impl PageStore {
         limit_bytes: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let (key_dim, value_dim) = (count(key_dim, "key_dim")?, count(value_dim, "value_dim")?);
-        let options = StoreOptions { limit_bytes: optional_count(limit_bytes, "limit_bytes")?, ..StoreOptions::default() };
+        let options =
+            StoreOptions { limit_bytes: optional_count(limit_bytes, "limit_bytes")?, ..StoreOptions::default() };
         let make = || core::PageStore::new(PageLayout::new(Dtype::parse(dtype)?, key_dim, value_dim)?, options);
         make().map(|inner| Self { inner }).map_err(|error| error.into_py(py))
     }
@@ -198,14 +199,17 @@ pub(crate) fn extend(
     for (name, received) in [("keys", keys.len()), ("values", values.len())] {
         if received != forests.len() {
             let expected = forests.len();
-            return Err(PyValueError::new_err(format!("{name}: expected {expected} arrays, one per forest, got {received}")));
+            return Err(PyValueError::new_err(format!(
+                "{name}: expected {expected} arrays, one per forest, got {received}"
+            )));
         }
     }
     let mut borrowed: Vec<[PyReadonlyArrayDyn<'_, u8>; 2]> = Vec::with_capacity(forests.len());
     for (row, forest) in forests.iter().enumerate() {
         let forest = forest.get();
         let layout = forest.inner.store().layout();
-        let row_keys = readonly::<u8>(&keys[row], &format!("keys[{row}]"), &forest.rows_shape(None, layout.key_bytes()))?;
+        let row_keys =
+            readonly::<u8>(&keys[row], &format!("keys[{row}]"), &forest.rows_shape(None, layout.key_bytes()))?;
         let n = row_keys.shape()[1];
         let shape = forest.rows_shape(Some(n), layout.value_bytes());
         borrowed.push([row_keys, readonly::<u8>(&values[row], &format!("values[{row}]"), &shape)?]);

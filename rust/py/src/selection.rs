@@ -133,7 +133,9 @@ pub(crate) fn search(
 /// The given pages, int64 (R, H, K) ids of the current snapshots, -1 for none.
 #[pyfunction]
 pub(crate) fn select_pages(
-    py: Python<'_>, forests: Vec<Bound<'_, Forest>>, pages: &Bound<'_, PyAny>,
+    py: Python<'_>,
+    forests: Vec<Bound<'_, Forest>>,
+    pages: &Bound<'_, PyAny>,
 ) -> PyResult<Selection> {
     let heads = forests.first().map(|forest| forest.get().inner.n_heads());
     let pages = readonly::<i64>(pages, "pages", &[Some(forests.len()), heads, None])?;

@@ -15,7 +15,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use super::error::{Result, VectorError};
 use super::index::VectorConfig;
-use super::metric::Metric;
+use super::metric::{MAX_NORM, Metric};
 use crate::layout::Dtype;
 
 const MAGIC: [u8; 4] = *b"ICEX";
@@ -103,6 +103,9 @@ pub(super) fn from_bytes(file: &[u8]) -> Result<Content> {
         Metric::Cosine => read_f32(sized(b"NORM", 4, n_rows)?, "NORM")?,
         _ => Vec::new(),
     };
+    if norms.iter().any(|&norm| !(0.0..=MAX_NORM as f32).contains(&norm)) {
+        return Err(VectorError::format("section NORM holds a norm outside 0..=1e18"));
+    }
     let keys = sized(b"KEYS", config.dim * config.dtype.size(), n_rows)?.to_vec();
     let mut sorted = ids.clone();
     sorted.sort_unstable();
@@ -138,13 +141,8 @@ fn read_meta(bytes: &[u8]) -> Result<(VectorConfig, bool, u64, usize)> {
     let (Some(metric), Some(dtype), true) = (metric, dtype, bytes[6] <= 1 && bytes[7] <= 1) else {
         return Err(VectorError::format("section META names an unknown metric, dtype or flag"));
     };
-    let config = VectorConfig {
-        dim: u32_at(bytes, 0) as usize,
-        metric,
-        dtype,
-        center: bytes[6] == 1,
-        seed: u64_at(bytes, 8),
-    };
+    let config =
+        VectorConfig { dim: u32_at(bytes, 0) as usize, metric, dtype, center: bytes[6] == 1, seed: u64_at(bytes, 8) };
     config.check().map_err(|error| VectorError::format(error.to_string()))?;
     let n_rows = usize::try_from(u64_at(bytes, 16)).map_err(|_| VectorError::format("too many rows"))?;
     Ok((config, bytes[7] == 1, u64_at(bytes, 24), n_rows))

@@ -167,7 +167,12 @@ impl VectorIndex {
     /// # Errors
     /// If the length is no multiple of `dim`, a query is not finite, or the result would not fit memory.
     pub fn search(
-        &self, pool: Option<&ThreadPool>, queries: &[f32], k: usize, beam: Option<usize>, exact: bool,
+        &self,
+        pool: Option<&ThreadPool>,
+        queries: &[f32],
+        k: usize,
+        beam: Option<usize>,
+        exact: bool,
     ) -> Result<Neighbours> {
         let n_queries = self.check_matrix("queries", queries)?;
         check_rows("queries", queries, self.config.dim)?;

@@ -22,7 +22,7 @@ pub enum Metric {
 }
 
 /// Largest norm of a vector or query: squares and products of two of them stay finite in f32.
-const MAX_NORM: f64 = 1e18;
+pub(super) const MAX_NORM: f64 = 1e18;
 
 /// A query in the form that scores stored rows.
 pub(super) struct Prepared {

@@ -43,7 +43,11 @@ impl VectorIndex {
     /// If a size does not fit, a vector cannot be stored, an id is taken ([`OnConflict::Error`]) or out of range, or
     /// memory is out.
     pub fn add(
-        &self, pool: &ThreadPool, ids: Option<&[i64]>, vectors: &[f32], on_conflict: OnConflict,
+        &self,
+        pool: &ThreadPool,
+        ids: Option<&[i64]>,
+        vectors: &[f32],
+        on_conflict: OnConflict,
     ) -> Result<Vec<i64>> {
         let n = self.check_matrix("vectors", vectors)?;
         check_rows("vectors", vectors, self.config.dim)?;
@@ -84,7 +88,8 @@ impl VectorIndex {
         if strict && let Some(&missing) = ids.iter().find(|id| !writer.positions.contains_key(id)) {
             return Err(VectorError::Missing(missing));
         }
-        let mut positions: Vec<usize> = ids.iter().filter_map(|id| writer.positions.get(id)).map(|&at| at as usize).collect();
+        let mut positions: Vec<usize> =
+            ids.iter().filter_map(|id| writer.positions.get(id)).map(|&at| at as usize).collect();
         positions.sort_unstable();
         positions.dedup();
         if positions.is_empty() {
@@ -162,7 +167,12 @@ impl VectorIndex {
 
     /// Appends a batch to the tree, the part beyond the next segment boundary in the order of `region_order`.
     fn append(
-        &self, pool: &ThreadPool, writer: &mut Writer, state: &State, batch: &Batch, replaced: &[usize],
+        &self,
+        pool: &ThreadPool,
+        writer: &mut Writer,
+        state: &State,
+        batch: &Batch,
+        replaced: &[usize],
     ) -> Result<()> {
         let n = batch.ids.len();
         let fill = (SEGMENT_TOKENS - state.n_rows() % SEGMENT_TOKENS) % SEGMENT_TOKENS;
@@ -177,7 +187,12 @@ impl VectorIndex {
     }
 
     fn append_in_order(
-        &self, pool: &ThreadPool, writer: &mut Writer, state: &State, batch: &Batch, replaced: &[usize],
+        &self,
+        pool: &ThreadPool,
+        writer: &mut Writer,
+        state: &State,
+        batch: &Batch,
+        replaced: &[usize],
     ) -> Result<()> {
         let keys = to_stored(self.config.dtype, &batch.rows);
         let first = state.n_rows();
