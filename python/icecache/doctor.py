@@ -15,8 +15,7 @@ def core() -> str:
     """State of the compiled half."""
     from icecache import _core
 
-    isa = getattr(_core, "instruction_set", None)
-    return f"loaded, instruction set {isa() if callable(isa) else 'not reported'}"
+    return f"loaded, instruction set {_core.simd()}"
 
 
 def cores() -> str:
