@@ -13,6 +13,8 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     GptOssConfig,
     GptOssForCausalLM,
 )
@@ -95,7 +97,6 @@ def test_values_that_are_transformed_after_the_cache_are_refused_or_dense():
         ("JetMoeForCausalLM", "layer 0"),
         ("BertLMHeadModel", "not causal"),
         ("GitForCausalLM", "never reached the attention function"),
-        ("MllamaForCausalLM", "reads the dense keys or values"),
     ],
 )
 @pytest.mark.parametrize("dense_below", [0, 4096])
@@ -186,12 +187,30 @@ def test_a_decode_step_builds_no_mask_of_context_length(monkeypatch):
     assert built[1:] == [(1, (1, 101)), (19, (1, 120))]
 
 
-def test_keys_shared_between_layers_are_attended_but_stored_once():
-    model = tiny("Gemma3nForCausalLM")
-    shared = model.config.get_text_config(decoder=True).num_kv_shared_layers
-    assert shared > 0
-    served_exactly(model)
-    served_exactly(model, sparse_prefill=True)
+def test_a_model_that_reads_the_cache_behind_our_back_is_refused():
+    model = tiny("MllamaForCausalLM")
+    with IceRuntime.wrap(model, dense_below=0) as runtime:
+        cache = runtime.new_cache()
+        with pytest.raises(UnsupportedModelError, match="reads the dense keys or values"):
+            stepwise(model, prompt(1, 100), cache)
+
+
+@pytest.mark.parametrize("sparse_prefill", [False, True])
+def test_keys_shared_between_layers_are_attended_but_stored_once(sparse_prefill):
+    kinds = ["sliding_attention", "full_attention"] * 3
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4}
+    options = {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 97, "vocab_size_per_layer_input": 97}
+    extra = {"hidden_size_per_layer_input": 8, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 6}
+    config = Gemma3nTextConfig(
+        **sizes, **options, **extra, layer_types=kinds, sliding_window=24, num_kv_shared_layers=4
+    )
+    torch.manual_seed(0)
+    model = Gemma3nForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight)
+    served_exactly(model, sparse_prefill=sparse_prefill)
+    with IceRuntime.wrap(model, dense_below=0) as runtime:
+        forward(model, prompt(1, 200), runtime.new_cache())
+        assert runtime.layer_plan.count("retrieval") == 1
 
 
 def test_saving_a_wrapped_model_leaves_no_trace_of_us(tmp_path):
