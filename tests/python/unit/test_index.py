@@ -350,3 +350,25 @@ def test_the_index_needs_no_torch():
 
 def test_repr_names_what_it_is():
     assert repr(Index.build(vectors(3), metric="l2")) == "Index(dim=24, metric='l2', dtype='float32', vectors=3)"
+
+
+def test_a_forked_process_searches_with_threads_of_its_own():
+    import subprocess
+    import sys
+
+    code = """
+import os
+import numpy as np
+from icecache.index import Index
+rows = np.random.default_rng(0).standard_normal((4000, 16), dtype=np.float32)
+index = Index.build(rows, threads=2)
+expected = index.search(rows[:40], 3).ids
+child = os.fork()
+if child == 0:
+    index.add(rows[:3])
+    same = (index.search(rows[:40], 3, exact=True).ids >= 0).all() and len(index) == 4003
+    os._exit(0 if same else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert (index.search(rows[:40], 3).ids == expected).all()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
