@@ -201,7 +201,9 @@ impl VectorIndex {
         }
         extend(pool, &[ExtendRow { forest: &writer.forest, keys: &keys, values: &[] }])?;
         // From here on nothing fails: every position below the length exists.
-        writer.forest.remove(replaced)?;
+        if !replaced.is_empty() {
+            writer.forest.remove(replaced)?;
+        }
         for (offset, &id) in batch.ids.iter().enumerate() {
             writer.positions.insert(id, (first + offset) as u32);
         }
