@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .brute import brute_force
-from .index import Index
-from .result import SearchResult
+from icecache.index.brute import brute_force
+from icecache.index.index import Index
+from icecache.index.result import SearchResult
 
 __all__ = ["Index", "SearchResult", "brute_force"]

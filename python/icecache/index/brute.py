@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from .convert import as_matrix
-from .result import SearchResult
+from icecache.index.convert import as_matrix
+from icecache.index.result import SearchResult
 
 Metric = Literal["ip", "l2", "cosine"]
 #: Queries scored at once; bounds the memory to this times the number of vectors.

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from icecache import _core
-
-from .brute import Metric
-from .convert import as_ids, as_matrix
-from .pool import shared_pool
-from .result import SearchResult
+from icecache.index.brute import Metric
+from icecache.index.convert import as_ids, as_matrix
+from icecache.index.pool import shared_pool
+from icecache.index.result import SearchResult
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 OnConflict = Literal["error", "replace", "skip"]

@@ -133,17 +133,25 @@ def test_replace_lets_the_later_vector_win_and_skip_keeps_the_earlier():
     assert found.counts == 5
 
 
-def test_a_removed_vector_is_never_found_again():
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("stride", [2, 6])
+def test_a_removed_vector_is_never_found_again(metric, stride):
+    """Stride 2 makes the index pack the rest again; with stride 6 removed rows stay in their pages."""
     data = vectors(3000)
-    index = Index.build(data, metric="l2")
-    gone = np.arange(0, 3000, 2)
-    assert index.remove(gone) == 1500
+    index = Index.build(data, metric=metric)
+    gone = np.arange(0, 3000, stride)
+    assert index.remove(gone) == len(gone)
     assert index.remove(gone) == 0
     index.validate()
-    assert len(index) == 1500
+    assert len(index) == 3000 - len(gone)
+    assert index.stats()["removed"] == (0 if stride == 2 else len(gone))
     assert not index.contains(gone).any()
-    result = index.search(data[gone[:100]], 5)
-    assert (result.ids % 2 == 1).all()
+    kept = np.setdiff1d(np.arange(3000), gone)
+    for exact in (True, False):
+        result = index.search(data[gone[:100]], 5, exact=exact)
+        assert (result.ids % stride != 0).all()
+    truth = brute_force(data[gone[:100]], data[kept], 5, metric)
+    np.testing.assert_array_equal(index.search(data[gone[:100]], 5, exact=True).ids, kept[truth.ids])
     with pytest.raises(KeyError, match="3001"):
         index.remove([1, 3001], missing="error")
     assert 1 in index
