@@ -1,4 +1,5 @@
-//! NumPy arrays and numbers from Python, checked: dtype, shape, C order, alignment, writability; errors name the argument.
+//! NumPy arrays and numbers from Python, checked: dtype, shape, C order, alignment, writability; errors name the
+//! argument.
 //!
 //! Memory is borrowed for the length of the call and never kept. rust-numpy's borrow checker refuses arrays of one call
 //! (or of calls at the same time) that overlap where one of them is written; a caller who writes to an input from

@@ -1,7 +1,7 @@
 //! `icecache._core`: convert, check, release the GIL, call the core, map the error.
 //!
-//! No algorithm lives here. Every call that locks or works longer than a few microseconds runs in [`errors::run`], which
-//! detaches from the interpreter and turns a panic of the core into a `RuntimeError`.
+//! No algorithm lives here. Every call that locks or works longer than a few microseconds runs in [`errors::run`],
+//! which detaches from the interpreter and turns a panic of the core into a `RuntimeError`.
 
 mod arrays;
 mod errors;

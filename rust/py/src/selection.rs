@@ -102,7 +102,9 @@ impl Selection {
 ///
 /// `queries` is float32 (R, H, G, `key_dim`); `exact` scores every page from its keys.
 #[pyfunction]
-#[pyo3(signature = (pool, forests, queries, k, *, scaling, softcap=None, candidates=None, probe_mass=None, exact=false))]
+#[pyo3(signature = (
+    pool, forests, queries, k, *, scaling, softcap=None, candidates=None, probe_mass=None, exact=false
+))]
 #[expect(clippy::too_many_arguments, reason = "the keyword arguments of the Python function")]
 pub(crate) fn search(
     py: Python<'_>,

@@ -1,4 +1,5 @@
 //! What can go wrong with the standalone index.
+#![forbid(unsafe_code)]
 
 /// An error of [`VectorIndex`](super::VectorIndex); the index is unchanged.
 #[derive(Debug, thiserror::Error)]

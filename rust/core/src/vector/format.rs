@@ -6,9 +6,9 @@
 //! 32  section table: { u32 tag, u32 zero, u64 offset, u64 bytes, u64 xxh3 } each
 //! ..  sections, each at a multiple of 64; the gaps are zero
 //! ```
-//! Sections: `META` (fixed fields), `MEAN` (dim f32), `IDS_` (n i64), `NORM` (n f32, cosine only), `KEYS` (stored rows).
-//! Rows are in the order of the tree, so a reader that packs them again gets the same pages. Unknown tags are skipped in
-//! a newer minor version; another major version is refused. Every byte is covered by a hash or must be zero.
+//! Sections: `META` (fixed fields), `MEAN` (dim f32), `IDS_` (n i64), `NORM` (n f32, cosine only), `KEYS` (stored
+//! rows). Rows are in the order of the tree, so a reader that packs them again gets the same pages. Unknown tags are
+//! skipped in a newer minor version; another major version is refused. Every byte is covered by a hash or must be zero.
 #![forbid(unsafe_code)]
 
 use xxhash_rust::xxh3::xxh3_64;

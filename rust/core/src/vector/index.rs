@@ -113,7 +113,8 @@ pub(super) struct Writer {
     pub(super) compactions: usize,
 }
 
-/// A dynamic index of vectors with ids; see the module for how it works and [`VectorIndex::search`] for what it promises.
+/// A dynamic index of vectors with ids; see the module for how it works and [`VectorIndex::search`] for what it
+/// promises.
 #[derive(Debug)]
 pub struct VectorIndex {
     pub(super) config: VectorConfig,
@@ -160,9 +161,10 @@ impl VectorIndex {
 
     /// The `k` nearest vectors of each query `[n_queries, dim]`, on `pool` or, without one, on the calling thread.
     ///
-    /// One snapshot is searched: the state after some completed write. Wait-free but for a rare slow path of `arc-swap`;
-    /// a stalled writer delays nobody. `beam` is the number of sealed pages scored row by row per query; without one the
-    /// search stops when what it has not seen is expected to hold less than 1 in 40 of the result. `exact` scores all.
+    /// One snapshot is searched: the state after some completed write. Wait-free but for a rare slow path of
+    /// `arc-swap`; a stalled writer delays nobody. `beam` is the number of sealed pages scored row by row per query;
+    /// without one the search stops when what it has not seen is expected to hold less than 1 in 40 of the result.
+    /// `exact` scores all.
     ///
     /// # Errors
     /// If the length is no multiple of `dim`, a query is not finite, or the result would not fit memory.

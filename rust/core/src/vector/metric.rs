@@ -7,6 +7,7 @@
 //! | `cosine` | `x / norm(x) - m` | `q / norm(q)` | `p.y` | `1 - (score + p.m)` |
 //!
 //! `q.(x - m) = q.x - q.m` moves every score of a query by the same amount: centring keeps the ranking.
+#![forbid(unsafe_code)]
 
 use super::error::{Result, VectorError};
 

@@ -1,9 +1,10 @@
 //! The standalone index: vectors with ids that come and go, searched by inner product, squared L2 or cosine.
 //!
-//! It stands on one [`HeadIndex`](crate::HeadIndex) that stores keys only and adds what a key-value cache does not need:
+//! It stands on a [`Forest`](crate::Forest) of one tree that stores keys only and adds what a key-value cache does not
+//! need:
 //!
-//! * **ids**: a token position of the tree is an internal row number; ids live beside the segments, row numbers of removed
-//!   vectors are marked dead and reclaimed when a third of all rows are;
+//! * **ids**: a token position of the tree is an internal row number; ids live beside the segments, row numbers of
+//!   removed vectors are marked dead and reclaimed when a third of all rows are;
 //! * **metrics**: every metric is a score `larger = closer` on stored rows (`metric`), rows are stored centred;
 //! * **order**: a bulk addition is sorted by balanced bisection first, so that the 1024 rows of a segment are near each
 //!   other (`order`); a sequence of attention keys has that locality by itself, a table of vectors has not;

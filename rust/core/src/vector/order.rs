@@ -1,7 +1,9 @@
 //! Balanced bisection: an order of rows in which every run of 1024 is a region of space.
 //!
-//! Each step cuts a set in two at a multiple of 1024 along the direction that separates it best: the leading direction of
-//! a sample, then twice the difference of the halves' means. Deterministic for one seed, whatever the number of threads.
+//! Each step cuts a set in two at a multiple of 1024 along the direction that separates it best: the leading direction
+//! of a sample, then twice the difference of the halves' means. Deterministic for one seed, whatever the number of
+//! threads.
+#![forbid(unsafe_code)]
 
 /// Rows of one region: the size of a sealed segment.
 pub(super) const REGION: usize = 1024;
@@ -62,7 +64,8 @@ fn separating_direction(rows: &[f32], dim: usize, seed: u64, order: &[u32]) -> V
     direction
 }
 
-/// Four rounds of power iteration from the row that is farthest from the mean: a direction to start from, not an answer.
+/// Four rounds of power iteration from the row that is farthest from the mean: a direction to start from, not an
+/// answer.
 fn leading_direction(sample: &[&[f32]], mean: &[f32], dim: usize) -> Vec<f32> {
     let offset = |row: &[f32]| row.iter().zip(mean).map(|(a, b)| a - b).collect::<Vec<f32>>();
     let mut direction = sample

@@ -1,10 +1,10 @@
 //! Nearest rows of a query.
 //!
-//! Pages are visited in the order of how many rows better than the k-th best so far they are expected to hold. For a page
-//! with mean `c` and root mean square distance `r` of its rows to the mean, the score of a row is taken as normal around
-//! the score of the mean with deviation `z r w`: `w` is the norm of the query (of query minus mean for L2), and `z` is
-//! measured on the rows this query has seen already. So a query that runs along the directions in which pages are wide
-//! looks at more pages than one that does not, and nothing needs to be tuned per data set.
+//! Pages are visited in the order of how many rows better than the k-th best so far they are expected to hold. For a
+//! page with mean `c` and root mean square distance `r` of its rows to the mean, the score of a row is taken as normal
+//! around the score of the mean with deviation `z r w`: `w` is the norm of the query (of query minus mean for L2), and
+//! `z` is measured on the rows this query has seen already. So a query that runs along the directions in which pages
+//! are wide looks at more pages than one that does not, and nothing needs to be tuned per data set.
 //!
 //! The search ends after `beam` pages or, by default, when all unseen pages together are expected to hold fewer than
 //! [`MISSED`] `* k` of the results. Once that takes a third of the pages, the rest is scanned in order: cheaper than
@@ -19,8 +19,8 @@ use crate::config::{PAGE_TOKENS, SEGMENT_PAGES};
 use crate::segment::Summaries;
 use crate::simd::{BLOCK, kernels};
 
-/// Expected share of the k nearest that the default search may leave unseen; a fifth of the promised 1 - .95, because the
-/// normal model errs on heavy tails.
+/// Expected share of the k nearest that the default search may leave unseen; a fifth of the promised 1 - .95, because
+/// the normal model errs on heavy tails.
 const MISSED: f32 = 0.01;
 /// Pages of the first round, before anything is known about the spread along the query.
 const FIRST_PAGES: usize = 16;
