@@ -75,7 +75,8 @@ def several_turns(model):
 
 def prompt_lookup(model):
     ids = prompt(1, 30).repeat(1, 4)
-    return model.generate(ids, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=6)
+    # Transformers before 5.10 cannot do this without an end token.
+    return model.generate(ids, max_new_tokens=40, do_sample=False, prompt_lookup_num_tokens=6, eos_token_id=2)
 
 
 WAYS = [

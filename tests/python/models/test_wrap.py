@@ -181,6 +181,7 @@ def test_other_ways_to_call_a_wrapped_model_stay_dense_and_exact():
         inner = model.model(ids).last_hidden_state
         uncached = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
         static = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation="static")
+        own = model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=128)).logits
         filled = DynamicCache()
         model(ids, past_key_values=filled)
         with IceRuntime.wrap(model, dense_below=0) as runtime:
@@ -191,8 +192,8 @@ def test_other_ways_to_call_a_wrapped_model_stay_dense_and_exact():
             assert torch.equal(again, static)
             assert type(filled.layers[0]).__name__ == "DynamicLayer"
             model(prompt(1, 1), past_key_values=filled)
-            own = StaticCache(config=model.config, max_cache_len=128)
-            assert torch.equal(model(ids, past_key_values=own).logits, bare)
+            cache = StaticCache(config=model.config, max_cache_len=128)
+            assert torch.equal(model(ids, past_key_values=cache).logits, own)
             assert runtime.stats().pages_read == 0
 
 
