@@ -1,42 +1,40 @@
-//! Attention-like keys: recurring topics and token types, local drift, a shared offset, RoPE. Synthetic and simple; the
+//! Attention-like keys: recurring topics and token types, local drift, a shared offset, rotary positions. Synthetic and simple; the
 //! Python benchmarks use a calibrated generator.
 
 /// Deterministic uniform and normal numbers.
-pub struct Rng(u64);
+pub(crate) struct Rng(u64);
 
 impl Rng {
-    pub fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xD1B5_4A32_D192_ED03)
     }
 
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         z ^ (z >> 31)
     }
 
-    pub fn uniform(&mut self) -> f64 {
+    pub(crate) fn uniform(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 
-    pub fn below(&mut self, n: usize) -> usize {
+    pub(crate) fn below(&mut self, n: usize) -> usize {
         (self.uniform() * n as f64) as usize
     }
 
-    pub fn normal(&mut self) -> f32 {
+    pub(crate) fn normal(&mut self) -> f32 {
         let (u, v) = (self.uniform().max(1e-300), self.uniform());
         ((-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()) as f32
     }
 }
 
-pub struct Data {
+pub(crate) struct Data {
     /// `[n, dim]`.
-    pub keys: Vec<f32>,
+    pub(crate) keys: Vec<f32>,
     /// `[n_queries, group, dim]`.
-    pub queries: Vec<f32>,
-    pub dim: usize,
-    pub group: usize,
+    pub(crate) queries: Vec<f32>,
 }
 
 const LATENT: usize = 48;
@@ -91,7 +89,7 @@ impl Model {
 
 /// `n` keys and `n_queries` groups of queries that follow them, each scaled so that the best 256 keys hold 55 to 98 %
 /// of its softmax mass.
-pub fn generate(n: usize, n_queries: usize, group: usize, dim: usize, seed: u64) -> Data {
+pub(crate) fn generate(n: usize, n_queries: usize, group: usize, dim: usize, seed: u64) -> Data {
     let mut rng = Rng::new(seed);
     let model = Model::new(dim, &mut rng);
     let (mut topic, mut drift, mut contents) = (0, vec![0.0_f32; LATENT], Vec::with_capacity(n * LATENT));
@@ -137,7 +135,7 @@ pub fn generate(n: usize, n_queries: usize, group: usize, dim: usize, seed: u64)
             queries.extend(query);
         }
     }
-    Data { keys, queries, dim, group }
+    Data { keys, queries }
 }
 
 /// Scales a query so that its 256 best keys hold `target` of the mass of `softmax(q . k / sqrt(dim))`.
@@ -159,5 +157,7 @@ fn scale(query: &mut [f32], keys: &[f32], target: f64) {
         });
         if top / all < target { low = middle } else { high = middle }
     }
-    query.iter_mut().for_each(|x| *x *= low);
+    for x in query.iter_mut() {
+        *x *= low;
+    }
 }

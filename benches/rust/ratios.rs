@@ -1,7 +1,9 @@
 //! Prints the ratios the project promises: cost of a search against its parts and against brute force, its growth from
 //! 36k to 300k keys, and the mass lost by visiting super-groups. One JSON line each.
 //!
-//! `cargo run --release -p icecache-core --features bench --example ratios`
+//! `cargo run --release -p icecache-core --features bench --example ratios [SIZE | FILE_PREFIX]...`
+
+#![expect(clippy::unwrap_used, reason = "a benchmark stops at the first error")]
 
 #[path = "keys.rs"]
 mod keys;
@@ -38,8 +40,18 @@ struct Case {
     build_us: f64,
 }
 
-fn case(n: usize, pool: &rayon::ThreadPool) -> Case {
-    let data = keys::generate(n, QUERIES, GROUP, DIM, 1);
+/// A case by its number of keys, or by the prefix of two files of little-endian floats: `PREFIX.k` with `[n, 128]` keys
+/// and `PREFIX.q` with `[24, 4, 128]` queries.
+fn case(name: &str, pool: &rayon::ThreadPool) -> Case {
+    let read = |end: &str| -> Vec<f32> {
+        let bytes = std::fs::read(format!("{name}.{end}")).unwrap();
+        bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    };
+    let data = name.parse().map_or_else(
+        |_| keys::Data { keys: read("k"), queries: read("q") },
+        |n| keys::generate(n, QUERIES, GROUP, DIM, 1),
+    );
+    let n = data.keys.len() / DIM;
     let layout = PageLayout::new(Dtype::F32, DIM, DIM).unwrap();
     let bytes: Vec<u8> = data.keys.iter().flat_map(|x| x.to_le_bytes()).collect();
     let mut best = f64::INFINITY;
@@ -71,9 +83,9 @@ fn captured(case: &Case, pool: &rayon::ThreadPool, truth: &[Vec<f32>], options: 
     (mass, visited)
 }
 
-fn sizes() -> Vec<usize> {
-    let given: Vec<usize> = std::env::args().skip(1).filter_map(|n| n.parse().ok()).collect();
-    if given.is_empty() { vec![36_864, 102_400, 300_032] } else { given }
+fn names() -> Vec<String> {
+    let given: Vec<String> = std::env::args().skip(1).collect();
+    if given.is_empty() { ["36864", "102400", "300032"].map(str::to_owned).to_vec() } else { given }
 }
 
 fn main() {
@@ -81,8 +93,9 @@ fn main() {
     let scaling = 1.0 / (DIM as f32).sqrt();
     let options = SearchOptions::new(16, scaling);
     let mut first = 0.0;
-    for n in sizes() {
-        let case = case(n, &pool);
+    for name in names() {
+        let case = case(&name, &pool);
+        let n = case.forest.len();
         let view = case.forest.heads()[0].view();
         let mut stages = Stages::default();
         let n_pages = view.n_pages();

@@ -1,38 +1,10 @@
 //! One forest, one thread, ordinary data.
 
 use icecache_core::{
-    Dtype, ExtendRow, Forest, Metric, PageLayout, PageStore, SearchOptions, StoreOptions, TokenOptions, all_pages,
-    brute_pages, brute_tokens, extend, search, search_tokens, select_pages,
+    Metric, SearchOptions, TokenOptions, all_pages, brute_pages, brute_tokens, search, search_tokens, select_pages,
 };
-use rayon::ThreadPool;
 
-fn pool(threads: usize) -> ThreadPool {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
-}
-
-fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    (0..n)
-        .map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-        })
-        .collect()
-}
-
-fn bytes(x: &[f32]) -> Vec<u8> {
-    x.iter().flat_map(|x| x.to_le_bytes()).collect()
-}
-
-fn forest(heads: usize, dim: usize) -> Forest {
-    let layout = PageLayout::new(Dtype::F32, dim, dim).unwrap();
-    Forest::new(PageStore::new(layout, StoreOptions::default()).unwrap(), heads).unwrap()
-}
-
-fn add(pool: &ThreadPool, forest: &Forest, keys: &[f32]) {
-    let values: Vec<f32> = keys.iter().map(|x| -x).collect();
-    extend(pool, &[ExtendRow { forest, keys: &bytes(keys), values: &bytes(&values) }]).unwrap();
-}
+use crate::support::{add, bytes, forest, noise, pool};
 
 #[test]
 fn every_row_reads_back_after_a_bulk_build_and_inserts() {

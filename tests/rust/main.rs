@@ -2,5 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
 mod basics;
+mod concurrency;
+mod model;
+mod properties;
+mod support;
 mod vector;
 mod vector_format;

@@ -1,6 +1,5 @@
 //! Single stages of a search, for benchmarks only (feature `bench`). Not part of the interface.
 #![forbid(unsafe_code)]
-#![allow(missing_docs)]
 
 use crate::config::{PAGE_TOKENS, SearchOptions};
 use crate::layout::Dtype;
@@ -46,7 +45,7 @@ impl Stages {
         total
     }
 
-    /// All keys `[n, dim]` against all queries, with the log-sum-exp of every run of 16; returns the largest.
+    /// All keys `[n, dim]` against all queries, with the log-sum-exp of every run of 16; returns the largest of them.
     pub fn brute_force(&mut self, keys: &[f32], queries: &[f32], dim: usize, scaling: f32) -> f32 {
         let group = queries.len() / dim;
         self.dots.resize(group * PAGE_TOKENS, 0.0);
@@ -57,7 +56,7 @@ impl Stages {
             dots(Dots { dtype: Dtype::F32, rows, dim, queries }, PAGE_TOKENS, &mut self.dots);
             for g in 0..group {
                 let (max, sum) = (kernels().softmax)(&self.dots[g * PAGE_TOKENS..][..PAGE_TOKENS], PAGE_TOKENS, logit);
-                best = best.max(max + sum * 0.0);
+                best = best.max(log_sum(max, sum));
             }
         }
         best
@@ -65,6 +64,7 @@ impl Stages {
 }
 
 /// Log-sum-exp of all keys per query head, exact.
+#[must_use]
 pub fn exact_lse(view: &View, queries: &[f32], options: &SearchOptions) -> Vec<f32> {
     let Some(layout) = view.layout() else { return Vec::new() };
     let logit = Logit { scaling: options.scaling, softcap: options.softcap.unwrap_or(0.0) };

@@ -58,7 +58,9 @@ pub fn extend(pool: &ThreadPool, rows: &[ExtendRow<'_>]) -> Result<()> {
         pool.install(|| jobs.into_par_iter().map(run).collect())
     };
     let mut by_tree: Vec<Vec<Done>> = trees.iter().map(|_| Vec::new()).collect();
-    done.into_iter().for_each(|(t, piece)| by_tree[t].push(piece));
+    for (t, piece) in done {
+        by_tree[t].push(piece);
+    }
     for (tree, done) in trees.iter().zip(by_tree) {
         publish(rows[tree.row].forest, &mut writers[tree.row], tree, done);
     }
@@ -76,7 +78,7 @@ struct Tree<'a> {
     rows: NewRows<'a>,
 }
 
-fn trees_of_row<'a>(r: usize, row: ExtendRow<'a>, n: usize) -> impl Iterator<Item = Tree<'a>> {
+fn trees_of_row(r: usize, row: ExtendRow<'_>, n: usize) -> impl Iterator<Item = Tree<'_>> {
     let layout = row.forest.store().layout();
     // A call without tokens has no trees.
     row.forest.heads().iter().enumerate().take(if n == 0 { 0 } else { usize::MAX }).map(move |(head, tree)| Tree {
@@ -87,7 +89,7 @@ fn trees_of_row<'a>(r: usize, row: ExtendRow<'a>, n: usize) -> impl Iterator<Ite
     })
 }
 
-fn head_rows<'a>(layout: PageLayout, row: ExtendRow<'a>, head: usize, n: usize) -> NewRows<'a> {
+fn head_rows(layout: PageLayout, row: ExtendRow<'_>, head: usize, n: usize) -> NewRows<'_> {
     let (key_bytes, value_bytes) = (layout.key_bytes(), layout.value_bytes());
     NewRows {
         keys: &row.keys[head * n * key_bytes..][..n * key_bytes],

@@ -61,14 +61,13 @@ impl HeadIndex {
         let start = n_segments * SEGMENT_TOKENS;
         let rows: Vec<_> = view.rows(start, n).into_iter().map(|(p, row)| ((p - start) as u32, row)).collect();
         let tail = pack_tail(lease, owner, &rows);
-        let segments = view.snapshot().segments[..n_segments].to_vec();
-        Snapshot::new(Arc::new(segments), tail, n)
+        Snapshot::new(Arc::new(view.snapshot().segments.truncated(n_segments)), tail, n)
     }
 
     /// Marks tokens dead; returns the new snapshot and how many were alive.
     pub(crate) fn remove(view: &View, tokens: &[usize]) -> (Snapshot, usize) {
         let snapshot = view.snapshot();
-        let mut segments = Vec::clone(&snapshot.segments);
+        let mut segments = snapshot.segments.to_vec();
         let mut tail = snapshot.tail.clone();
         let mut removed = 0;
         let mut sorted = tokens.to_vec();
@@ -91,7 +90,8 @@ impl HeadIndex {
                 }
             }
         }
-        (Snapshot::new(Arc::new(segments), tail, view.tokens()), removed)
+        let segments = Arc::new(snapshot.segments.with_entries(segments));
+        (Snapshot::new(segments, tail, view.tokens()), removed)
     }
 
     /// Bytes beside the pages.
@@ -104,6 +104,7 @@ impl HeadIndex {
         let segment = |entry: &SegmentEntry| size_of::<SegmentEntry>() + entry.segment.heap_bytes() + live(entry);
         snapshot.segments.iter().map(segment).sum::<usize>()
             + snapshot.tail.len() * (size_of::<TailEntry>() + size_of::<OpenPage>())
+            + snapshot.segments.heap_bytes()
             + size_of::<Self>()
     }
 }

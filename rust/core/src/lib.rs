@@ -18,6 +18,7 @@ mod digest;
 mod error;
 mod extend;
 mod forest;
+mod groups;
 mod head;
 mod ids;
 mod layout;

@@ -97,7 +97,9 @@ impl Packer {
             }
             self.sweep();
             queries.clear();
-            seeds.iter().for_each(|&seed| queries.extend_from_slice(&self.keys[seed as usize * self.dim..][..self.dim]));
+            for &seed in &seeds {
+                queries.extend_from_slice(&self.keys[seed as usize * self.dim..][..self.dim]);
+            }
             products(&self.rows, self.dim, &queries, self.live.len(), &mut self.products);
             for (s, &seed) in seeds.iter().enumerate() {
                 if !self.taken[seed as usize] {
@@ -134,12 +136,15 @@ impl Packer {
         self.ranks.extend(untaken.map(|(&i, &score)| rank_key(score, u32::from(i))));
         best(&mut self.ranks, PACK_CANDIDATES - 1);
         let candidates: Vec<u16> = self.ranks.iter().map(|&key| rank_index(key) as u16).collect();
-        let mut page: Vec<u16> = std::iter::once(seed).chain(candidates.iter().copied().take(PAGE_TOKENS - 1)).collect();
+        let mut page: Vec<u16> =
+            std::iter::once(seed).chain(candidates.iter().copied().take(PAGE_TOKENS - 1)).collect();
         if candidates.len() >= PAGE_TOKENS {
             self.refine(&candidates, &mut page);
         }
         page.sort_unstable();
-        page.iter().for_each(|&i| self.taken[i as usize] = true);
+        for &i in &page {
+            self.taken[i as usize] = true;
+        }
         self.n_dead += page.len();
         page
     }
@@ -155,7 +160,9 @@ impl Packer {
         for _ in 0..PACK_ROUNDS {
             let mut mean = vec![0.0_f32; dim];
             for &i in page.iter() {
-                mean.iter_mut().zip(&self.keys[i as usize * dim..][..dim]).for_each(|(m, x)| *m += x);
+                for (m, x) in mean.iter_mut().zip(&self.keys[i as usize * dim..][..dim]) {
+                    *m += x;
+                }
             }
             products(&self.candidate_rows, dim, &mean, PACK_CANDIDATES, &mut scores);
             self.ranks.clear();
@@ -191,17 +198,22 @@ fn naive(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
         }
         let others = (0..taken.len() as u16).filter(|&i| i != seed && !taken[i as usize]).collect();
         let candidates = rank(row(seed), others, PACK_CANDIDATES - 1);
-        let mut page: Vec<u16> = std::iter::once(seed).chain(candidates.iter().copied().take(PAGE_TOKENS - 1)).collect();
+        let mut page: Vec<u16> =
+            std::iter::once(seed).chain(candidates.iter().copied().take(PAGE_TOKENS - 1)).collect();
         for _ in 0..PACK_ROUNDS {
             let mut mean = vec![0.0_f32; dim];
             for &i in &page {
-                mean.iter_mut().zip(row(i)).for_each(|(m, x)| *m += x);
+                for (m, x) in mean.iter_mut().zip(row(i)) {
+                    *m += x;
+                }
             }
             page.truncate(1);
             page.extend(rank(&mean, candidates.clone(), PAGE_TOKENS - 1));
         }
         page.sort_unstable();
-        page.iter().for_each(|&i| taken[i as usize] = true);
+        for &i in &page {
+            taken[i as usize] = true;
+        }
         pages.push(page);
     }
     pages
@@ -226,7 +238,9 @@ mod tests {
             let mut keys = noise(n * dim, seed);
             assert_eq!(pack(&keys, dim), naive(&keys, dim), "{n} keys of dim {dim}");
             // Few distinct values: ties everywhere.
-            keys.iter_mut().for_each(|x| *x = x.round());
+            for x in &mut keys {
+                *x = x.round();
+            }
             assert_eq!(pack(&keys, dim), naive(&keys, dim), "{n} rounded keys of dim {dim}");
             keys.fill(0.0);
             assert_eq!(pack(&keys, dim), naive(&keys, dim), "{n} zeros");

@@ -5,7 +5,7 @@ use crate::arena::Lease;
 use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS};
 use crate::page::{Owner, Row};
 use crate::segment::{Segment, SegmentRow};
-use crate::snapshot::{SegmentEntry, Snapshot, View};
+use crate::snapshot::{Snapshot, View};
 use crate::sync::Arc;
 use crate::tail::{Inserter, TailMeans, pack_tail, pages_for_inserts};
 
@@ -64,7 +64,9 @@ impl Job<'_> {
             Job::Insert { view, rows, means, lease, owner } => {
                 let entries = view.snapshot().tail.clone();
                 let mut inserter = Inserter::new(entries, means, view.tail_limit(), &owner, lease);
-                (0..rows.len()).for_each(|i| inserter.insert(rows.row(i)));
+                for i in 0..rows.len() {
+                    inserter.insert(rows.row(i));
+                }
                 let Inserter { entries, means, changed, splits, .. } = inserter;
                 Done::Tail { entries, means: Some(means), changed, splits, inserts: rows.len() as u64 }
             }
@@ -143,13 +145,13 @@ impl<'a> Plan<'a> {
 /// The snapshot after the jobs of one tree, and the tail's means. `None` when the page list stayed as it was and only
 /// the token count has to be published.
 pub(crate) fn finish(view: &View, done: Vec<Done>, n_new: usize) -> (Option<Snapshot>, Option<TailMeans>, [u64; 3]) {
-    let mut segments: Vec<SegmentEntry> = Vec::new();
+    let mut segments = Vec::new();
     let mut tail = (Vec::new(), None, false, 0, 0);
     for piece in done {
         match piece {
-            Done::Segment(segment) => segments.push(SegmentEntry { segment, live: None }),
+            Done::Segment(segment) => segments.push(segment),
             Done::Tail { entries, means, changed, splits, inserts } => {
-                tail = (entries, means, changed, splits, inserts)
+                tail = (entries, means, changed, splits, inserts);
             }
         }
     }
@@ -159,7 +161,6 @@ pub(crate) fn finish(view: &View, done: Vec<Done>, n_new: usize) -> (Option<Snap
         return (None, means, counts);
     }
     let old = &view.snapshot().segments;
-    let segments =
-        if segments.is_empty() { Arc::clone(old) } else { Arc::new(old.iter().cloned().chain(segments).collect()) };
+    let segments = if segments.is_empty() { Arc::clone(old) } else { Arc::new(old.extended(segments)) };
     (Some(Snapshot::new(segments, entries, view.tokens() + n_new)), means, counts)
 }

@@ -6,7 +6,8 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::Lease;
-use crate::config::PAGE_TOKENS;
+use crate::config::{GROUP_PAGES, PAGE_TOKENS};
+use crate::groups::GroupSummary;
 use crate::layout::PageLayout;
 use crate::pack::pack;
 use crate::page::{Row, SealedPages};
@@ -28,6 +29,7 @@ pub(crate) struct Segment {
     /// Local position of every slot, page by page (16 per page but for the last).
     locals: Box<[u16]>,
     pub(crate) summaries: Summaries,
+    groups: Vec<GroupSummary>,
 }
 
 impl Segment {
@@ -39,11 +41,12 @@ impl Segment {
         for (row, key) in rows.iter().zip(keys.chunks_exact_mut(dim)) {
             decode(layout.dtype, row.row.key, key);
         }
-        let packing = pack(&keys, dim);
+        let packing = group_pages(pack(&keys, dim), &keys, dim);
+        let groups = GroupSummary::of_segment(&keys, dim, &packing);
         let summaries = Summaries::build(&keys, dim, &packing);
         let locals = packing.iter().flatten().map(|&i| rows[i as usize].local).collect();
         let content = packing.iter().map(|page| page.iter().map(|&i| rows[i as usize].row).collect());
-        Self { pages: SealedPages::write(lease, content), locals, summaries }
+        Self { pages: SealedPages::write(lease, content), locals, summaries, groups }
     }
 
     pub(crate) fn pages(&self) -> &SealedPages {
@@ -64,14 +67,33 @@ impl Segment {
         &self.locals[page * PAGE_TOKENS..][..self.pages.count(page)]
     }
 
+    /// Summaries of its blocks.
+    pub(crate) fn groups(&self) -> &[GroupSummary] {
+        &self.groups
+    }
+
     pub(crate) fn layout(&self) -> PageLayout {
         self.pages.layout()
     }
 
     /// Bytes beside the pages.
     pub(crate) fn heap_bytes(&self) -> usize {
-        size_of::<Self>() + 2 * self.locals.len() + self.pages.heap_bytes() + self.summaries.heap_bytes()
+        let groups: usize = self.groups.iter().map(GroupSummary::heap_bytes).sum();
+        size_of::<Self>() + 2 * self.locals.len() + self.pages.heap_bytes() + self.summaries.heap_bytes() + groups
     }
+}
+
+/// Orders full pages so that similar ones share a block of 16: the same packing, of their means. A short page stays last.
+fn group_pages(mut packing: Vec<Vec<u16>>, keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
+    if packing.len() <= GROUP_PAGES {
+        return packing;
+    }
+    let n_full = packing.iter().take_while(|page| page.len() == PAGE_TOKENS).count();
+    let short = packing.split_off(n_full);
+    let mean = |page: &Vec<u16>| mean_of(page.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
+    let means: Vec<f32> = packing.iter().flat_map(mean).collect();
+    let order = pack(&means, dim);
+    order.into_iter().flatten().map(|page| std::mem::take(&mut packing[page as usize])).chain(short).collect()
 }
 
 /// Quantised means of pages, 16 pages a block.

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
+use crate::groups::Segments;
 use crate::ids::PageRef;
 use crate::layout::PageLayout;
 use crate::page::{OpenPage, Row};
@@ -71,14 +72,14 @@ pub(crate) fn full_mask(count: usize) -> u16 {
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     /// Segment `j` holds positions `1024 j .. 1024 (j + 1)`.
-    pub(crate) segments: Arc<Vec<SegmentEntry>>,
+    pub(crate) segments: Arc<Segments>,
     pub(crate) tail: Vec<TailEntry>,
     /// Tokens published so far, those of segments included.
     tokens: AtomicUsize,
 }
 
 impl Snapshot {
-    pub(crate) fn new(segments: Arc<Vec<SegmentEntry>>, tail: Vec<TailEntry>, tokens: usize) -> Self {
+    pub(crate) fn new(segments: Arc<Segments>, tail: Vec<TailEntry>, tokens: usize) -> Self {
         Self { segments, tail, tokens: AtomicUsize::new(tokens) }
     }
 

@@ -29,6 +29,8 @@ pub(crate) fn split(keys: &[f32], dim: usize) -> [Vec<usize>; 2] {
         let [a, b] = [0, 1].map(|half| mean_of(halves[half].iter().map(|&i| row(i)), dim));
         direction = a.iter().zip(&b).map(|(a, b)| a - b).collect();
     }
-    halves.iter_mut().for_each(|half| half.sort_unstable());
+    for half in &mut halves {
+        half.sort_unstable();
+    }
     halves
 }

@@ -4,10 +4,11 @@
 use std::cell::RefCell;
 
 use super::exact::PageScorer;
+use super::probe::{Probe, Query};
 use super::quantised::QuantisedQueries;
 use super::rank::top_keys;
 use super::scan::{Scan, ordinal};
-use crate::config::{SEGMENT_PAGES, SearchOptions};
+use crate::config::{FLAT_PAGES, PROBE_MASS, SEGMENT_GROUPS, SEGMENT_PAGES, SearchOptions};
 use crate::math::{log_sum, rank_index, rank_key};
 use crate::simd::{BLOCK, Logit, kernels};
 use crate::snapshot::View;
@@ -30,6 +31,7 @@ pub(crate) struct HeadOut<'a> {
 pub(crate) struct Scratch {
     queries: QuantisedQueries,
     scan: Scan,
+    probe: Probe,
     /// `[group, columns]`: logits of the scanned lanes, then of the tail; later their masses.
     logits: Vec<f32>,
     /// Estimated mass per scanned lane, summed over the group.
@@ -53,6 +55,8 @@ struct ExactScores {
     sums: Vec<f32>,
     /// Row stride of `masses` and `sums`.
     capacity: usize,
+    /// Mass summed over the group.
+    scores: Vec<f32>,
 }
 
 impl Scratch {
@@ -75,7 +79,7 @@ pub(crate) fn search_head(
     queries: &[f32],
     options: &SearchOptions,
     scratch: &mut Scratch,
-    out: HeadOut<'_>,
+    mut out: HeadOut<'_>,
 ) {
     out.ordinals.fill(u32::MAX);
     out.scores.fill(0.0);
@@ -87,14 +91,21 @@ pub(crate) fn search_head(
         return;
     }
     let logit = Logit { scaling: options.scaling, softcap: options.softcap.unwrap_or(0.0) };
-    let Scratch { queries: quantised, scan, logits, weights, keys, max, dots, exact } = scratch;
+    let Scratch { queries: quantised, scan, probe, logits, weights, keys, max, dots, exact } = scratch;
     quantised.set(queries, layout.key_dim, |x| x);
     max.clear();
     max.resize(group, f32::NEG_INFINITY);
-    scan.visit_all(view);
+    let probe_mass = options.probe_mass.unwrap_or(PROBE_MASS);
+    probe.clear();
+    if options.exact || probe_mass >= 1.0 || view.snapshot().segments.len() * SEGMENT_PAGES <= FLAT_PAGES {
+        scan.visit_all(view);
+    } else {
+        let query = Query { queries, quantised, logit };
+        probe.visit(view, &query, probe_mass, options.n_candidates(), scan);
+    }
     let n_scanned = scan.blocks.len() * BLOCK;
     let n_tail = view.snapshot().tail.len();
-    let stride = n_scanned + n_tail;
+    let stride = n_scanned + n_tail + probe.n_left;
     logits.clear();
     logits.resize(group * stride, f32::NEG_INFINITY);
     scan.run(view, quantised, logit, stride, logits, max);
@@ -104,32 +115,35 @@ pub(crate) fn search_head(
         let ordinal = view.snapshot().segments.len() * SEGMENT_PAGES + t;
         exact.add(view, ordinal, n_scanned + t, &mut scorer);
     }
-    *out.visited = (n_scanned + exact.ordinals.len()) as i64;
-    for g in 0..group {
-        for (i, &column) in exact.columns.iter().enumerate() {
-            let at = g * exact.capacity + i;
-            logits[g * stride + column as usize] = log_sum(exact.masses[at], exact.sums[at]);
-            max[g] = max[g].max(exact.masses[at]);
-        }
+    *out.visited = (n_scanned + probe.n_scored + exact.ordinals.len()) as i64;
+    exact.fill_in(logits, stride, max);
+    for (g, left) in probe.left.chunks_exact(probe.n_left.max(1)).enumerate() {
+        logits[g * stride + n_scanned + n_tail..][..probe.n_left].copy_from_slice(left);
+        max[g] = left.iter().copied().fold(max[g], f32::max);
     }
     weigh(logits, stride, n_scanned, max, weights);
-    keys.clear();
-    for (i, &block) in scan.blocks.iter().enumerate() {
-        let entry = &view.snapshot().segments[block as usize * BLOCK / SEGMENT_PAGES];
-        let first = block as usize * BLOCK % SEGMENT_PAGES;
-        for (lane, ln_count) in entry.ln_counts()[first..first + BLOCK].iter().enumerate() {
-            if *ln_count >= 0.0 {
-                keys.push(rank_key(weights[i * BLOCK + lane], (i * BLOCK + lane) as u32));
-            }
-        }
-    }
+    rank_lanes(view, scan, weights, keys);
     top_keys(keys, options.n_candidates());
     // In memory order, which is kinder to the prefetcher.
     keys.sort_unstable_by_key(|key| rank_index(*key));
     for column in keys.iter().map(|key| rank_index(*key) as usize) {
         exact.add(view, ordinal(scan.blocks[column / BLOCK], column % BLOCK), column, &mut scorer);
     }
-    exact.finish(logits, stride, max, keys, out);
+    exact.finish(logits, stride, max, keys, &mut out);
+}
+
+/// Rank keys of all scanned lanes that hold a page.
+fn rank_lanes(view: &View, scan: &Scan, weights: &[f32], keys: &mut Vec<u64>) {
+    keys.clear();
+    for ((&block, weights), i) in scan.blocks.iter().zip(weights.chunks_exact(BLOCK)).zip(0_u32..) {
+        let entry = &view.snapshot().segments[block as usize / SEGMENT_GROUPS];
+        let first = block as usize % SEGMENT_GROUPS * BLOCK;
+        for ((weight, ln_count), lane) in weights.iter().zip(&entry.ln_counts()[first..first + BLOCK]).zip(0_u32..) {
+            if *ln_count >= 0.0 {
+                keys.push(rank_key(*weight, i * BLOCK as u32 + lane));
+            }
+        }
+    }
 }
 
 /// Turns logits into masses relative to `max` and sums the normalised masses of the scanned lanes over the heads.
@@ -166,41 +180,62 @@ impl ExactScores {
         self.columns.push(column as u32);
     }
 
+    /// Writes the exact log-sum-exps into the logits, for the pages that have no estimate.
+    fn fill_in(&self, logits: &mut [f32], stride: usize, max: &mut [f32]) {
+        for (g, max) in max.iter_mut().enumerate() {
+            for (i, &column) in self.columns.iter().enumerate() {
+                let at = g * self.capacity + i;
+                logits[g * stride + column as usize] = log_sum(self.masses[at], self.sums[at]);
+                *max = max.max(self.masses[at]);
+            }
+        }
+    }
+
     /// Replaces the estimates of the scored pages by their exact masses and writes the best of them.
-    fn finish(&mut self, estimates: &mut [f32], stride: usize, max: &mut [f32], keys: &mut Vec<u64>, out: HeadOut<'_>) {
+    fn finish(
+        &mut self,
+        estimates: &mut [f32],
+        stride: usize,
+        max: &mut [f32],
+        keys: &mut Vec<u64>,
+        out: &mut HeadOut<'_>,
+    ) {
         let n = self.ordinals.len();
         let kernels = kernels();
-        let group = max.len();
-        let mut scores = vec![0.0_f32; n];
-        for g in 0..group {
+        self.scores.clear();
+        self.scores.resize(n, 0.0);
+        let share = 1.0 / max.len() as f32;
+        for (g, max) in max.iter_mut().enumerate() {
             let masses = &mut self.masses[g * self.capacity..][..n];
             let estimates = &mut estimates[g * stride..][..stride];
             for &column in &self.columns {
                 estimates[column as usize] = 0.0;
             }
-            let top = masses.iter().copied().fold(max[g], f32::max);
-            let mut shift = [max[g]];
+            let top = masses.iter().copied().fold(*max, f32::max);
+            let mut shift = [*max];
             let rest = (kernels.sum)(estimates) * (kernels.exp_sum)(&mut shift, top);
             (kernels.exp_sum)(masses, top);
-            masses.iter_mut().zip(&self.sums[g * self.capacity..][..n]).for_each(|(mass, sum)| *mass *= sum);
+            for (mass, sum) in masses.iter_mut().zip(&self.sums[g * self.capacity..][..n]) {
+                *mass *= sum;
+            }
             let total = rest + (kernels.sum)(masses);
-            max[g] = top;
+            *max = top;
             out.lse[2 * g] = log_sum(top, total);
-            (kernels.add_scaled)(&mut scores, masses, 1.0 / (total * group as f32));
+            (kernels.add_scaled)(&mut self.scores, masses, share / total);
         }
         keys.clear();
-        keys.extend(scores.iter().enumerate().map(|(i, &score)| rank_key(score, i as u32)));
+        keys.extend(self.scores.iter().zip(0_u32..).map(|(&score, i)| rank_key(score, i)));
+        top_keys(keys, out.ordinals.len());
         keys.sort_unstable_by(|a, b| b.cmp(a));
-        keys.truncate(out.ordinals.len());
         for (place, key) in keys.iter().enumerate() {
             let i = rank_index(*key) as usize;
             out.ordinals[place] = self.ordinals[i];
-            out.scores[place] = scores[i];
+            out.scores[place] = self.scores[i];
         }
-        for g in 0..group {
+        for (g, max) in max.iter().enumerate() {
             let masses = &self.masses[g * self.capacity..][..n];
             let chosen: f32 = keys.iter().map(|key| masses[rank_index(*key) as usize]).sum();
-            out.lse[2 * g + 1] = log_sum(max[g], chosen);
+            out.lse[2 * g + 1] = log_sum(*max, chosen);
         }
     }
 }

@@ -7,6 +7,7 @@
 
 mod exact;
 mod head;
+mod probe;
 mod quantised;
 mod rank;
 mod scan;

@@ -1,5 +1,6 @@
 //! AVX2 with FMA and F16C: the same results as `scalar.rs`, bit for bit.
 
+#[allow(clippy::wildcard_imports, reason = "every line is an intrinsic")]
 use std::arch::x86_64::*;
 
 use super::scalar;
@@ -22,13 +23,13 @@ fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
     let n = input.rows.len() / (input.dim * input.dtype.size());
     let group = input.queries.len() / input.dim;
     assert!(group == 0 || n == 0 || out.len() >= (group - 1) * stride + n, "output too short");
-    // SAFETY: `detect` found the features.
-    unsafe {
-        match input.dtype {
-            Dtype::F32 => dots_typed::<F32>(input, n, stride, out),
-            Dtype::F16 => dots_typed::<F16>(input, n, stride, out),
-            Dtype::Bf16 => dots_typed::<Bf16>(input, n, stride, out),
-        }
+    match input.dtype {
+        // SAFETY: `detect` found the features.
+        Dtype::F32 => unsafe { dots_typed::<F32>(input, n, stride, out) },
+        // SAFETY: as above.
+        Dtype::F16 => unsafe { dots_typed::<F16>(input, n, stride, out) },
+        // SAFETY: as above.
+        Dtype::Bf16 => unsafe { dots_typed::<Bf16>(input, n, stride, out) },
     }
 }
 
@@ -127,12 +128,14 @@ fn tile<E: Element, const R: usize, const G: usize>(rows: &[&[u8]; R], queries: 
     for start in (0..whole).step_by(LANES) {
         let mut keys = [_mm256_setzero_ps(); R];
         for r in 0..R {
-            // SAFETY: `start + 8 <= dim`, and every row has `dim` elements.
-            keys[r] = unsafe { E::load(rows[r].as_ptr().add(start * E::BYTES)) };
+            let from = rows[r][start * E::BYTES..][..LANES * E::BYTES].as_ptr();
+            // SAFETY: the slice has the bytes of eight elements.
+            keys[r] = unsafe { E::load(from) };
         }
         for j in 0..G {
-            // SAFETY: `start + 8 <= dim`, and there are `G` queries of `dim` elements.
-            let query = unsafe { _mm256_loadu_ps(queries.as_ptr().add(j * dim + start)) };
+            let from = queries[j * dim + start..][..LANES].as_ptr();
+            // SAFETY: the slice has eight floats.
+            let query = unsafe { _mm256_loadu_ps(from) };
             for r in 0..R {
                 sums[r * G + j] = _mm256_fmadd_ps(keys[r], query, sums[r * G + j]);
             }
@@ -141,17 +144,17 @@ fn tile<E: Element, const R: usize, const G: usize>(rows: &[&[u8]; R], queries: 
     if whole < dim {
         // The ends, padded with zeros as the specification does.
         let mut query = [[0.0_f32; LANES]; G];
-        for j in 0..G {
-            query[j][..dim - whole].copy_from_slice(&queries[j * dim + whole..][..dim - whole]);
+        for (j, query) in query.iter_mut().enumerate() {
+            query[..dim - whole].copy_from_slice(&queries[j * dim + whole..][..dim - whole]);
         }
         for r in 0..R {
             let mut key = [0_u8; 4 * LANES];
             key[..(dim - whole) * E::BYTES].copy_from_slice(&rows[r][whole * E::BYTES..]);
             // SAFETY: the buffer holds eight elements of any type.
             let key = unsafe { E::load(key.as_ptr()) };
-            for j in 0..G {
+            for (j, query) in query.iter().enumerate() {
                 // SAFETY: the buffer holds eight floats.
-                let query = unsafe { _mm256_loadu_ps(query[j].as_ptr()) };
+                let query = unsafe { _mm256_loadu_ps(query.as_ptr()) };
                 sums[r * G + j] = _mm256_fmadd_ps(key, query, sums[r * G + j]);
             }
         }
@@ -182,13 +185,13 @@ fn scan(block: &[i8], queries: &[i16], pairs: usize, out: &mut [i32]) {
     let mut g = 0;
     while g < group {
         let (queries, out) = (&queries[g * 2 * pairs..], &mut out[g * BLOCK..]);
-        // SAFETY: `detect` found the features.
-        g += unsafe {
-            match group - g {
-                4.. => scan_group::<4>(block, queries, pairs, out),
-                2..4 => scan_group::<2>(block, queries, pairs, out),
-                _ => scan_group::<1>(block, queries, pairs, out),
-            }
+        g += match group - g {
+            // SAFETY: `detect` found the features.
+            4.. => unsafe { scan_group::<4>(block, queries, pairs, out) },
+            // SAFETY: as above.
+            2..4 => unsafe { scan_group::<2>(block, queries, pairs, out) },
+            // SAFETY: as above.
+            _ => unsafe { scan_group::<1>(block, queries, pairs, out) },
         };
     }
 }
@@ -204,12 +207,11 @@ fn scan_group<const G: usize>(block: &[i8], queries: &[i16], pairs: usize, out: 
         let low = _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(dims.as_ptr().cast()) });
         // SAFETY: as above, the second half.
         let high = _mm256_cvtepi8_epi16(unsafe { _mm_loadu_si128(dims[BLOCK..].as_ptr().cast()) });
-        for g in 0..G {
-            // SAFETY: query `g` has `2 * pairs` elements.
-            let query = unsafe { queries.as_ptr().add(g * 2 * pairs + 2 * pair).cast::<i32>().read_unaligned() };
-            let query = _mm256_set1_epi32(query);
-            sums[g][0] = _mm256_add_epi32(sums[g][0], _mm256_madd_epi16(low, query));
-            sums[g][1] = _mm256_add_epi32(sums[g][1], _mm256_madd_epi16(high, query));
+        for (g, sums) in sums.iter_mut().enumerate() {
+            let query: &[i16] = &queries[g * 2 * pairs + 2 * pair..][..2];
+            let query = _mm256_set1_epi32((i32::from(query[0]) & 0xFFFF) | (i32::from(query[1]) << 16));
+            sums[0] = _mm256_add_epi32(sums[0], _mm256_madd_epi16(low, query));
+            sums[1] = _mm256_add_epi32(sums[1], _mm256_madd_epi16(high, query));
         }
     }
     for (half, sum) in out.chunks_exact_mut(LANES).zip(sums.iter().flatten()) {

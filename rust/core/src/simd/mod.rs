@@ -38,6 +38,10 @@ pub(crate) struct Logit {
     pub(crate) softcap: f32,
 }
 
+/// See [`Kernels::logits`].
+type LogitsKernel =
+    fn(raw: &[i32], scales: &[f32], query_scale: f32, logit: Logit, ln_counts: &[f32], out: &mut [f32]) -> f32;
+
 /// Function table of one instruction set.
 pub(crate) struct Kernels {
     pub(crate) name: &'static str,
@@ -46,8 +50,7 @@ pub(crate) struct Kernels {
     /// `out[g * 16 + page] = block_page . query_g` for one block `[pairs, 16, 2]` and queries `[group, 2 * pairs]`.
     pub(crate) scan: fn(block: &[i8], queries: &[i16], pairs: usize, out: &mut [i32]),
     /// `out[p] = logit(raw[p] * scales[p] * query_scale) + ln_counts[p]`, all of length 16; returns the maximum.
-    pub(crate) logits:
-        fn(raw: &[i32], scales: &[f32], query_scale: f32, logit: Logit, ln_counts: &[f32], out: &mut [f32]) -> f32,
+    pub(crate) logits: LogitsKernel,
     /// `x = exp(x - max)`, returns the sum.
     pub(crate) exp_sum: fn(x: &mut [f32], max: f32) -> f32,
     /// `weights += masses * factor`.

@@ -10,7 +10,7 @@ use crate::layout::Dtype;
 pub(crate) static KERNELS: Kernels = Kernels { name: "scalar", dots, scan, logits, exp_sum, add_scaled, sum, softmax };
 
 /// Logits and dot products beyond this are clamped, so that sums and differences of them stay finite.
-pub(crate) const LOGIT_LIMIT: f32 = 1e30;
+pub(crate) const LOGIT_LIMIT: f32 = 1e37;
 
 /// Element `i` of a row.
 #[inline]
@@ -132,7 +132,9 @@ pub(super) fn exp_rest(rest: &mut [f32], max: f32, sums: &mut [f32; LANES]) {
 fn exp_sum(x: &mut [f32], max: f32) -> f32 {
     let mut sums = [0.0_f32; LANES];
     let (chunks, rest) = x.as_chunks_mut::<LANES>();
-    chunks.iter_mut().for_each(|chunk| exp_rest(chunk, max, &mut sums));
+    for chunk in chunks {
+        exp_rest(chunk, max, &mut sums);
+    }
     exp_rest(rest, max, &mut sums);
     reduce(sums)
 }

@@ -1,0 +1,146 @@
+//! Super-groups: summaries of 16 similar pages, so that a long context is not scanned page by page.
+//!
+//! A group is one block of a segment's summaries. Its log-sum-exp for a query is estimated from the mean and the
+//! per-dimension variance of its keys: with `s2 = sum q_d^2 var_d` and `n` keys it is `q . mean + ln n + s2 / 2`, until
+//! `s2` passes `2 ln n`, where the largest of `n` draws takes over and `s * sqrt(2 ln n)` replaces the last two terms.
+//! The mean alone misses small hot groups. Groups of four segments share one block of the scan kernel.
+#![forbid(unsafe_code)]
+
+use crate::config::{GROUP_PAGES, SEGMENT_GROUPS};
+use crate::segment::{Segment, mean_of, quantise};
+use crate::simd::BLOCK;
+use crate::snapshot::SegmentEntry;
+use crate::sync::Arc;
+
+/// Segments that share a block of group summaries.
+pub(crate) const SUPER_SEGMENTS: usize = BLOCK / SEGMENT_GROUPS;
+
+/// Mean and variance of one group, quantised.
+#[derive(Debug)]
+pub(crate) struct GroupSummary {
+    mean: (f32, Vec<i8>),
+    variance: (f32, Vec<i8>),
+    n_tokens: usize,
+}
+
+impl GroupSummary {
+    /// Summarises the groups of a segment, whose pages are lists of rows of `keys`.
+    pub(crate) fn of_segment(keys: &[f32], dim: usize, packing: &[Vec<u16>]) -> Vec<Self> {
+        packing.chunks(GROUP_PAGES).map(|pages| Self::new(keys, dim, &pages.concat())).collect()
+    }
+
+    fn new(keys: &[f32], dim: usize, members: &[u16]) -> Self {
+        let row = |&i: &u16| &keys[i as usize * dim..][..dim];
+        let mean = mean_of(members.iter().map(row), dim);
+        let mut variance = vec![0.0_f32; dim];
+        let share = 1.0 / members.len() as f32;
+        for key in members.iter().map(row) {
+            for ((v, x), m) in variance.iter_mut().zip(key).zip(&mean) {
+                *v = ((x - m) * share).mul_add(x - m, *v).min(f32::MAX);
+            }
+        }
+        Self { mean: quantise(&mean), variance: quantise(&variance), n_tokens: members.len() }
+    }
+
+    pub(crate) fn heap_bytes(&self) -> usize {
+        size_of::<Self>() + self.mean.1.len() + self.variance.1.len()
+    }
+}
+
+/// One quantity of 16 groups in the layout of the scan kernel.
+#[derive(Debug)]
+pub(crate) struct Lanes {
+    /// `[pairs, 16, 2]`.
+    pub(crate) levels: Box<[i8]>,
+    pub(crate) scales: [f32; BLOCK],
+}
+
+impl Lanes {
+    fn new(pairs: usize) -> Self {
+        Self { levels: vec![0; pairs * 2 * BLOCK].into_boxed_slice(), scales: [0.0; BLOCK] }
+    }
+
+    fn set(&mut self, lane: usize, (scale, levels): &(f32, Vec<i8>)) {
+        self.scales[lane] = *scale;
+        for (d, level) in levels.iter().enumerate() {
+            self.levels[d / 2 * (2 * BLOCK) + lane * 2 + d % 2] = *level;
+        }
+    }
+}
+
+/// The groups of four consecutive segments.
+#[derive(Debug)]
+pub(crate) struct SuperBlock {
+    pub(crate) means: Lanes,
+    pub(crate) variances: Lanes,
+    /// `ln` of the tokens; minus infinity for lanes without a group.
+    pub(crate) ln_counts: [f32; BLOCK],
+}
+
+impl SuperBlock {
+    fn new(segments: &[SegmentEntry]) -> Self {
+        let dim = segments.first().map_or(0, |entry| entry.segment.layout().key_dim);
+        let pairs = dim.div_ceil(2);
+        let (mut means, mut variances) = (Lanes::new(pairs), Lanes::new(pairs));
+        let mut ln_counts = [f32::NEG_INFINITY; BLOCK];
+        for (j, entry) in segments.iter().enumerate() {
+            for (b, group) in entry.segment.groups().iter().enumerate() {
+                let lane = j * SEGMENT_GROUPS + b;
+                means.set(lane, &group.mean);
+                variances.set(lane, &group.variance);
+                ln_counts[lane] = (group.n_tokens as f32).ln();
+            }
+        }
+        Self { means, variances, ln_counts }
+    }
+
+    fn heap_bytes(&self) -> usize {
+        size_of::<Self>() + self.means.levels.len() + self.variances.levels.len()
+    }
+}
+
+/// All sealed segments of a tree; the first `4 * supers` are summarised by super-blocks.
+#[derive(Debug, Default)]
+pub(crate) struct Segments {
+    entries: Vec<SegmentEntry>,
+    supers: Vec<Arc<SuperBlock>>,
+}
+
+impl Segments {
+    pub(crate) fn supers(&self) -> &[Arc<SuperBlock>] {
+        &self.supers
+    }
+
+    /// These segments and more.
+    pub(crate) fn extended(&self, new: Vec<Arc<Segment>>) -> Self {
+        let mut entries = self.entries.clone();
+        entries.extend(new.into_iter().map(|segment| SegmentEntry { segment, live: None }));
+        let mut supers = self.supers.clone();
+        for group in entries.chunks_exact(SUPER_SEGMENTS).skip(supers.len()) {
+            supers.push(Arc::new(SuperBlock::new(group)));
+        }
+        Self { entries, supers }
+    }
+
+    /// The first `n` segments.
+    pub(crate) fn truncated(&self, n: usize) -> Self {
+        Self { entries: self.entries[..n].to_vec(), supers: self.supers[..n / SUPER_SEGMENTS].to_vec() }
+    }
+
+    /// The same segments with other removals. Group summaries keep describing all tokens that were sealed.
+    pub(crate) fn with_entries(&self, entries: Vec<SegmentEntry>) -> Self {
+        Self { entries, supers: self.supers.clone() }
+    }
+
+    pub(crate) fn heap_bytes(&self) -> usize {
+        self.supers.iter().map(|block| block.heap_bytes()).sum()
+    }
+}
+
+impl std::ops::Deref for Segments {
+    type Target = Vec<SegmentEntry>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.entries
+    }
+}
