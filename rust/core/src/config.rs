@@ -22,6 +22,8 @@ pub(crate) const PACK_ROUNDS: usize = 2;
 pub(crate) const MIN_CANDIDATES: usize = 96;
 /// Sealed pages above which super-groups are visited instead of all summaries.
 pub(crate) const FLAT_PAGES: usize = 4096;
+/// At least one in so many super-groups is visited, whatever their estimates.
+pub(crate) const MIN_PROBED_PART: usize = 6;
 /// Default of [`SearchOptions::probe_mass`].
 pub(crate) const PROBE_MASS: f32 = 0.9;
 
@@ -37,7 +39,7 @@ pub struct SearchOptions {
     /// Pages scored exactly; default `max(6 k, 96)`. Raised to `k` when smaller.
     pub candidates: Option<usize>,
     /// Estimated share of the softmax mass that the visited super-groups must hold, in `(0, 1]`. Used above
-    /// 4096 sealed pages; 1 visits all.
+    /// 4096 sealed pages; 1 visits all, and a sixth of the groups is visited in any case.
     pub probe_mass: Option<f32>,
     /// Score every page exactly.
     pub exact: bool,

@@ -3,7 +3,7 @@
 
 use super::quantised::QuantisedQueries;
 use super::scan::Scan;
-use crate::config::{GROUP_PAGES, SEGMENT_GROUPS};
+use crate::config::{GROUP_PAGES, MIN_PROBED_PART, SEGMENT_GROUPS};
 use crate::groups::{SUPER_SEGMENTS, SuperBlock};
 use crate::math::{rank_index, rank_key};
 use crate::simd::{BLOCK, Logit, kernels};
@@ -44,7 +44,7 @@ impl Probe {
     }
 
     /// Fills `scan.blocks` with the groups that hold `probe_mass` of the estimated mass, best first, and at least
-    /// `n_candidates` pages; and with all blocks that no super-block covers.
+    /// a sixth of the groups and `n_candidates` pages; and with all blocks that no super-block covers.
     pub(crate) fn visit(
         &mut self,
         view: &View,
@@ -68,7 +68,8 @@ impl Probe {
         self.keys.clear();
         self.keys.extend(self.weights.iter().enumerate().map(|(i, &weight)| rank_key(weight, i as u32)));
         self.keys.sort_unstable_by(|a, b| b.cmp(a));
-        let fewest = n_candidates.div_ceil(GROUP_PAGES);
+        // A sharp query makes the estimate overconfident; a floor costs little and halves the loss (README).
+        let fewest = n_candidates.div_ceil(GROUP_PAGES).max(n / MIN_PROBED_PART);
         let mut held = 0.0;
         let enough = self.keys.iter().position(|key| {
             held += self.weights[rank_index(*key) as usize];
