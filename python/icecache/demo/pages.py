@@ -92,7 +92,9 @@ def draw_pages(trace: Sequence[TraceEvent], sample: Sample, path: Path) -> None:
         for axis in grid[-1]:
             axis.set_xlabel("position in the context")
         figure.suptitle(f"{sample.task}: what each KV head read from its pages ({TRACED.label})", size=12)
-        figure.legend(handles=legend_handles(), loc="outside lower center", ncols=5, frameon=False)
+        figure.legend(
+            handles=legend_handles(), loc="outside lower center", ncols=5, fontsize=9, columnspacing=1.4, frameon=False
+        )
         figure.savefig(path)
 
 
