@@ -128,13 +128,14 @@ fn tile<E: Element, const R: usize, const G: usize>(rows: &[&[u8]; R], queries: 
     for start in (0..whole).step_by(LANES) {
         let mut keys = [_mm256_setzero_ps(); R];
         for r in 0..R {
-            let from = rows[r][start * E::BYTES..][..LANES * E::BYTES].as_ptr();
-            // SAFETY: the slice has the bytes of eight elements.
+            // No slice here: its bounds checks would sit in the innermost loop.
+            let from = rows[r].as_ptr().wrapping_add(start * E::BYTES);
+            // SAFETY: `start + 8 <= dim`, and `tiles` cut rows of `dim` elements.
             keys[r] = unsafe { E::load(from) };
         }
         for j in 0..G {
-            let from = queries[j * dim + start..][..LANES].as_ptr();
-            // SAFETY: the slice has eight floats.
+            let from = queries.as_ptr().wrapping_add(j * dim + start);
+            // SAFETY: `start + 8 <= dim`, and `tiles` cut `G` queries of `dim` elements.
             let query = unsafe { _mm256_loadu_ps(from) };
             for r in 0..R {
                 sums[r * G + j] = _mm256_fmadd_ps(keys[r], query, sums[r * G + j]);
