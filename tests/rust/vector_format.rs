@@ -74,8 +74,8 @@ fn forged(change: impl Fn(&mut Sections)) -> Vec<u8> {
     assemble(&content)
 }
 
-fn put(tag: &[u8; 4], at: usize, bytes: &[u8]) -> Vec<u8> {
-    forged(|content| content.get_mut(tag).unwrap()[at..at + bytes.len()].copy_from_slice(bytes))
+fn put(tag: [u8; 4], at: usize, bytes: &[u8]) -> Vec<u8> {
+    forged(|content| content.get_mut(&tag).unwrap()[at..at + bytes.len()].copy_from_slice(bytes))
 }
 
 #[test]
@@ -96,23 +96,23 @@ fn an_unknown_section_is_skipped() {
 fn hostile_fields_are_refused_by_name() {
     let huge = u64::MAX.to_le_bytes();
     let cases: [(Vec<u8>, &str); 17] = [
-        (put(b"META", 0, &[0; 4]), "dim"),
-        (put(b"META", 0, &[255; 4]), "dim"),
-        (put(b"META", 0, &[13, 0, 0, 0]), "MEAN"),
-        (put(b"META", 4, &[9]), "metric"),
-        (put(b"META", 5, &[9]), "dtype"),
-        (put(b"META", 6, &[2]), "flag"),
-        (put(b"META", 16, &huge), "IDS_"),
-        (put(b"META", 16, &(1u64 << 61).to_le_bytes()), "IDS_"),
-        (put(b"META", 24, &[0; 8]), "next id"),
-        (put(b"META", 24, &huge), "next id"),
-        (put(b"IDS_", 8, &(-1i64).to_le_bytes()), "ids"),
-        (put(b"IDS_", 8, &5i64.to_le_bytes()), "ids"),
-        (put(b"MEAN", 0, &f32::NAN.to_le_bytes()), "MEAN"),
-        (put(b"MEAN", 0, &3e38f32.to_le_bytes()), "norm"),
-        (put(b"NORM", 0, &f32::INFINITY.to_le_bytes()), "NORM"),
-        (put(b"NORM", 0, &(-1f32).to_le_bytes()), "NORM"),
-        (put(b"KEYS", 0, &[0, 0x7e]), "NaN"),
+        (put(*b"META", 0, &[0; 4]), "dim"),
+        (put(*b"META", 0, &[255; 4]), "dim"),
+        (put(*b"META", 0, &[13, 0, 0, 0]), "MEAN"),
+        (put(*b"META", 4, &[9]), "metric"),
+        (put(*b"META", 5, &[9]), "dtype"),
+        (put(*b"META", 6, &[2]), "flag"),
+        (put(*b"META", 16, &huge), "IDS_"),
+        (put(*b"META", 16, &(1u64 << 61).to_le_bytes()), "IDS_"),
+        (put(*b"META", 24, &[0; 8]), "next id"),
+        (put(*b"META", 24, &huge), "next id"),
+        (put(*b"IDS_", 8, &(-1i64).to_le_bytes()), "ids"),
+        (put(*b"IDS_", 8, &5i64.to_le_bytes()), "ids"),
+        (put(*b"MEAN", 0, &f32::NAN.to_le_bytes()), "MEAN"),
+        (put(*b"MEAN", 0, &3e38f32.to_le_bytes()), "norm"),
+        (put(*b"NORM", 0, &f32::INFINITY.to_le_bytes()), "NORM"),
+        (put(*b"NORM", 0, &(-1f32).to_le_bytes()), "NORM"),
+        (put(*b"KEYS", 0, &[0, 0x7e]), "NaN"),
     ];
     for (file, name) in cases {
         let problem = refusal(&file);

@@ -28,6 +28,7 @@ impl IntoPy for VectorError {
     fn into_py(self, py: Python<'_>) -> PyErr {
         match self {
             Self::Core(error) => error.into_py(py),
+            Self::Memory { .. } => PyMemoryError::new_err(self.to_string()),
             Self::Missing(_) => PyKeyError::new_err(self.to_string()),
             Self::Format(_) => index_format_error(py, self.to_string()),
             _ => PyValueError::new_err(self.to_string()),

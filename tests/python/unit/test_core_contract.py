@@ -16,6 +16,7 @@ from icecache import _core
 STUB = Path(icecache.__file__).with_name("_core.pyi")
 #: Classes that only the core makes.
 NOT_CONSTRUCTIBLE = {"Selection"}
+POOL = _core.Pool(1)
 
 
 def stub_parameters(function: ast.FunctionDef) -> list[str]:
@@ -68,7 +69,7 @@ def a_forest(heads: int = 2, n: int = 40, dim: int = 8):
     store = _core.PageStore(dim, dim, "float32")
     forest = _core.Forest(store, heads)
     rows = np.random.default_rng(0).standard_normal((heads, n, dim), dtype=np.float32).view(np.uint8)
-    _core.extend(_core.Pool(1), [forest], [rows], [rows])
+    _core.extend(POOL, [forest], [rows], [rows])
     return forest
 
 
@@ -95,14 +96,14 @@ CALLS = {
     "PageStore sizes": lambda a, b, _c: _core.PageStore(8, b, "float32", limit_bytes=a),
     "Forest": lambda a, b, _c: _core.Forest(a, b),
     "Forest heads": lambda a, _b, _c: _core.Forest(_core.PageStore(8, 8, "float32"), a),
-    "extend": lambda a, b, _c: _core.extend(_core.Pool(1), [a_forest()], [a], [b]),
-    "extend lists": lambda a, b, c: _core.extend(_core.Pool(1), a, b, c),
-    "search": lambda a, _b, _c: _core.search(_core.Pool(1), [a_forest()], a, 2, scaling=1.0),
+    "extend": lambda a, b, _c: _core.extend(POOL, [a_forest()], [a], [b]),
+    "extend lists": lambda a, b, c: _core.extend(POOL, a, b, c),
+    "search": lambda a, _b, _c: _core.search(POOL, [a_forest()], a, 2, scaling=1.0),
     "search options": lambda a, b, c: _core.search(
-        _core.Pool(1), [a_forest()], np.zeros((1, 2, 1, 8), np.float32), a, scaling=b, softcap=c
+        POOL, [a_forest()], np.zeros((1, 2, 1, 8), np.float32), a, scaling=b, softcap=c
     ),
     "search more options": lambda a, b, c: _core.search(
-        _core.Pool(1),
+        POOL,
         [a_forest()],
         np.zeros((1, 2, 1, 8), np.float32),
         2,
@@ -116,16 +117,16 @@ CALLS = {
     "crop": lambda a, _b, _c: a_forest().crop(a),
     "read": lambda a, b, c: a_forest().read(a, b, c, c),
     "read arrays": lambda a, b, _c: a_forest().read(0, 4, a, b),
-    "gather": lambda a, b, _c: _core.all_pages([a_forest()]).gather(_core.Pool(1), 0, 1, a, b),
+    "gather": lambda a, b, _c: _core.all_pages([a_forest()]).gather(POOL, 0, 1, a, b),
     "gather range": lambda a, b, _c: _core.all_pages([a_forest()]).gather(
-        _core.Pool(1), a, b, np.zeros((1, 2, 1, 16, 32), np.uint8), np.zeros((1, 2, 1, 16, 32), np.uint8)
+        POOL, a, b, np.zeros((1, 2, 1, 16, 32), np.uint8), np.zeros((1, 2, 1, 16, 32), np.uint8)
     ),
     "VectorIndex": lambda a, b, c: _core.VectorIndex(a, b, c),
-    "VectorIndex.add": lambda a, b, _c: _core.VectorIndex(8, "ip", "float32").add(_core.Pool(1), a, b, "error"),
+    "VectorIndex.add": lambda a, b, _c: _core.VectorIndex(8, "ip", "float32").add(POOL, a, b, "error"),
     "VectorIndex.search": lambda a, b, c: _core.VectorIndex(8, "ip", "float32").search(None, a, b, c),
-    "VectorIndex.remove": lambda a, b, _c: _core.VectorIndex(8, "ip", "float32").remove(_core.Pool(1), a, b),
+    "VectorIndex.remove": lambda a, b, _c: _core.VectorIndex(8, "ip", "float32").remove(POOL, a, b),
     "VectorIndex.get": lambda a, _b, _c: _core.VectorIndex(8, "ip", "float32").get(a),
-    "VectorIndex.from_bytes": lambda a, _b, _c: _core.VectorIndex.from_bytes(_core.Pool(1), a),
+    "VectorIndex.from_bytes": lambda a, _b, _c: _core.VectorIndex.from_bytes(POOL, a),
 }
 EXPECTED = (TypeError, ValueError, OverflowError, MemoryError, KeyError)
 
@@ -163,7 +164,7 @@ def test_a_wrong_key_array_is_refused_by_name(change, message):
     forest = a_forest()
     rows = np.random.default_rng(1).standard_normal((2, 6, 8), dtype=np.float32).view(np.uint8)
     with pytest.raises((TypeError, ValueError), match=rf"keys\[0\].*{message}"):
-        _core.extend(_core.Pool(1), [forest], [change(rows)], [rows])
+        _core.extend(POOL, [forest], [change(rows)], [rows])
     assert len(forest) == 40
 
 
@@ -186,7 +187,7 @@ def test_unaligned_bytes_are_read_as_they_are():
     shifted[:] = base
     store = _core.PageStore(8, 8, "float32")
     forests = [_core.Forest(store, 2), _core.Forest(store, 2)]
-    _core.extend(_core.Pool(1), forests, [base, shifted], [base, shifted])
+    _core.extend(POOL, forests, [base, shifted], [base, shifted])
     assert forests[0].digest() == forests[1].digest()
 
 

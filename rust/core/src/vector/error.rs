@@ -36,6 +36,12 @@ pub enum VectorError {
     /// An id is not in the index.
     #[error("ids: {0} is not in the index")]
     Missing(i64),
+    /// There is no memory for a result.
+    #[error("k: a result of {bytes} bytes does not fit memory")]
+    Memory {
+        /// Size of the result.
+        bytes: usize,
+    },
     /// Bytes that are not an index of this version.
     #[error("not a readable index: {0}")]
     Format(String),

@@ -178,16 +178,13 @@ impl VectorIndex {
     ) -> Result<Neighbours> {
         let n_queries = self.check_matrix("queries", queries)?;
         check_rows("queries", queries, self.config.dim)?;
-        // Twelve bytes an entry; half of the address space is where a vector's size ends.
-        if n_queries.checked_mul(k).is_none_or(|cells| cells > isize::MAX as usize / 16) {
-            return Err(VectorError::argument("k", "a result that fits memory", &format!("{n_queries} x {k}")));
-        }
         if k > 0 && beam == Some(0) {
             return Err(VectorError::argument("beam", "at least 1 page", &0));
         }
         let state = self.state.load_full();
         let effort = Effort { beam, exact };
-        let run = |parallel| search_batch(&state, self.config.metric, queries, k, effort, parallel);
+        let empty = Neighbours::reserve(n_queries, k)?;
+        let run = |parallel| search_batch(&state, self.config.metric, queries, k, effort, parallel, empty);
         match pool {
             Some(pool) if n_queries > 1 => Ok(pool.install(|| run(true))),
             _ => Ok(run(false)),

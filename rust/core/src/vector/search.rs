@@ -13,6 +13,7 @@
 
 use rayon::prelude::*;
 
+use super::error::{Result, VectorError};
 use super::metric::{Metric, Prepared};
 use super::state::State;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES};
@@ -38,6 +39,20 @@ pub struct Neighbours {
     pub visited_pages: u64,
 }
 
+impl Neighbours {
+    /// An empty result of `n_queries` rows of `k`; an error, not an abort, where there is no memory for it.
+    pub(super) fn reserve(n_queries: usize, k: usize) -> Result<Self> {
+        let cells = n_queries.saturating_mul(k);
+        let bytes = cells.saturating_mul(size_of::<i64>() + size_of::<f32>());
+        let mut empty = Self::default();
+        empty.ids.try_reserve_exact(cells).map_err(|_| VectorError::Memory { bytes })?;
+        empty.distances.try_reserve_exact(cells).map_err(|_| VectorError::Memory { bytes })?;
+        empty.ids.resize(cells, -1);
+        empty.distances.resize(cells, f32::INFINITY);
+        Ok(empty)
+    }
+}
+
 /// How much a search looks at.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Effort {
@@ -45,7 +60,7 @@ pub(super) struct Effort {
     pub(super) exact: bool,
 }
 
-/// Search many queries, on the pool this is called in; `queries` is checked.
+/// Search many queries into a reserved result, on the pool this is called in; `queries` is checked.
 pub(super) fn search_batch(
     state: &State,
     metric: Metric,
@@ -53,6 +68,7 @@ pub(super) fn search_batch(
     k: usize,
     effort: Effort,
     parallel: bool,
+    mut found: Neighbours,
 ) -> Neighbours {
     let one = |query: &[f32]| {
         let mut search = Search::new(state, metric, query, k);
@@ -65,8 +81,6 @@ pub(super) fn search_batch(
     } else {
         queries.chunks_exact(dim).map(one).collect()
     };
-    let mut found =
-        Neighbours { ids: vec![-1; rows.len() * k], distances: vec![f32::INFINITY; rows.len() * k], visited_pages: 0 };
     for (row, (nearest, visited)) in rows.into_iter().enumerate() {
         found.visited_pages += visited;
         for (rank, (distance, id)) in nearest.into_iter().enumerate() {
