@@ -169,14 +169,16 @@ def attention(
             return own_attention(module, query, key, value, attention_mask, scaling, arguments)
         msg = f"layer {layer.layer_idx}: {problem}"
         raise UnsupportedModelError(msg)
+    # sdpa knows neither softcap nor sinks (old releases ignore them, new ones raise): decode as prompts are computed.
+    ignored = _own_of(getattr(module, "config", None)) == "sdpa"
     call = Call(
         query=query,
         keys=key,
         values=value,
         mask=attention_mask if isinstance(attention_mask, torch.Tensor) else None,
         scaling=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
-        softcap=cast("float | None", arguments.get("softcap")),
-        sinks=cast("torch.Tensor | None", arguments.get("s_aux")),
+        softcap=None if ignored else cast("float | None", arguments.get("softcap")),
+        sinks=None if ignored else cast("torch.Tensor | None", arguments.get("s_aux")),
         dense=_Dense(module, query, key, value, attention_mask, scaling, arguments),
         shared=shared,
     )

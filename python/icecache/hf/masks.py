@@ -37,6 +37,10 @@ class ChunkMask:
     causal: bool
 
 
+_ONE_TOKEN = ChunkMask(torch.ones(1, 1, 1, dtype=torch.bool), None, causal=True)
+"""Mask of a decode step, never read; made once because it is needed in every layer of every step."""
+
+
 def allowed_4d(layer_idx: int, mask: torch.Tensor, length: int) -> torch.Tensor:
     """Bool (B or 1, Q, length) of a 4D mask.
 
@@ -93,10 +97,12 @@ def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
     """
     mask, device = call.mask, call.query.device
     n_queries, n_keys = call.query.shape[2], call.keys.shape[2]
-    causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)[None]
     if mask is not None and mask.dim() == 2 and (n_keys > 1 or mask.device.type == "cpu"):
         _check_past(layer, mask, layer.get_seq_length() - n_keys)
-    if mask is None or (mask.dim() == 2 and n_keys == 1):
+    if n_keys == 1 and (mask is None or mask.dim() == 2):
+        return _ONE_TOKEN
+    causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)[None]
+    if mask is None:
         return ChunkMask(causal, None, causal=True)
     if mask.dim() == 2:
         new = mask[:, -n_keys:].bool()

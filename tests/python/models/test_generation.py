@@ -97,7 +97,12 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("family", BUILDERS)
 def test_a_covering_budget_gives_the_tokens_of_dense_attention(family, way):
-    expected, got, stats = dense_and_ours(build(family), way)
+    model = build(family)
+    try:
+        way(model)
+    except ValueError as error:  # transformers before 5.18 cannot crop a full sliding window
+        pytest.skip(f"the plain model cannot do this: {error}")
+    expected, got, stats = dense_and_ours(model, way)
     assert torch.equal(expected, got)
     assert stats.pages_read > 0
     assert not abs(stats.mass_kept - 1.0) > 1e-6  # NaN where every step checked a draft of several tokens

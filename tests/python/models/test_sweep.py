@@ -24,10 +24,10 @@ def _classes() -> list[tuple[type, type]]:
 CLASSES = _classes()
 # Families that must be served, or a runtime that refuses everything would pass.
 SERVED = {
-    *("Cohere2ForCausalLM", "Exaone4ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM"),
-    *("Gemma3ForCausalLM", "Glm4ForCausalLM", "GptOssForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM"),
-    *("MixtralForCausalLM", "NemotronHForCausalLM", "OPTForCausalLM", "Olmo2ForCausalLM", "Phi3ForCausalLM"),
-    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen3NextForCausalLM", "SmolLM3ForCausalLM"),
+    *("Exaone4ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+    *("Glm4ForCausalLM", "GptOssForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM", "MixtralForCausalLM"),
+    *("OPTForCausalLM", "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+    "SmolLM3ForCausalLM",
 }
 PROMPT, CHUNK, LENGTH = 70, (76, 90), 96
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -65,7 +67,7 @@ def test_merged_parts_are_attention_over_the_whole_wherever_it_is_cut(seed, cuts
     edges = [0, *sorted(cuts), 37]
     parts = [
         partial_attention(query, keys[:, :, a:b], values[:, :, a:b], scaling=0.5, mask=mask[..., a:b], softcap=softcap)
-        for a, b in zip(edges[:-1], edges[1:], strict=True)
+        for a, b in itertools.pairwise(edges)
     ]
     got = merge(parts)
     if sinks is not None:
