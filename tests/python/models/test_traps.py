@@ -56,15 +56,8 @@ def test_logit_softcapping_is_applied_in_pages_window_and_streamed_chunks():
 
 
 def test_softcapping_is_left_out_where_the_model_s_own_attention_leaves_it_out():
-    """sdpa ignores it before transformers 5.17 or so and raises later; never may prompt and decode disagree."""
-    model = tiny("VaultGemmaForCausalLM")
-    model.set_attn_implementation("sdpa")
-    raised = []
-    try:
-        served_exactly(model)
-    except ValueError as error:
-        raised.append(str(error))
-    assert all("does not support `softcap`" in text for text in raised)
+    """Old releases load this model with sdpa, which ignores it: prompt and decode steps may not disagree."""
+    served_exactly(tiny("VaultGemmaForCausalLM"))
 
 
 def test_learned_attention_sinks_take_their_share():
