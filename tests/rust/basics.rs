@@ -95,3 +95,28 @@ fn an_exact_token_search_equals_brute_force() {
         assert!(tokens.iter().all(|t| ![3, 4, 1050].contains(t)));
     }
 }
+
+#[test]
+fn log_sum_exps_and_softcap_follow_the_definition() {
+    let (pool, forest) = (pool(1), forest(1, 16));
+    let keys = noise(1500 * 16, 11);
+    add(&pool, &forest, &keys);
+    let queries = noise(3 * 16, 12);
+    for softcap in [None, Some(1.5)] {
+        let options = SearchOptions { exact: true, softcap, ..SearchOptions::new(20, 2.0) };
+        let selection = search(&pool, &[&forest], &queries, 3, &options).unwrap();
+        let chosen: std::collections::HashSet<i32> = selection.positions().into_iter().collect();
+        for (g, query) in queries.chunks_exact(16).enumerate() {
+            let (mut all, mut selected) = (0.0_f64, 0.0_f64);
+            for (key, position) in keys.chunks_exact(16).zip(0..) {
+                let dot: f64 = key.iter().zip(query).map(|(k, q)| f64::from(*k) * f64::from(*q)).sum();
+                let logit = softcap.map_or(2.0 * dot, |cap| f64::from(cap) * (2.0 * dot / f64::from(cap)).tanh());
+                all += logit.exp();
+                selected += if chosen.contains(&position) { logit.exp() } else { 0.0 };
+            }
+            let lse = &selection.lse()[2 * g..][..2];
+            assert!((f64::from(lse[0]) - all.ln()).abs() < 1e-4, "all: {} and {}", lse[0], all.ln());
+            assert!((f64::from(lse[1]) - selected.ln()).abs() < 1e-4, "selected: {} and {}", lse[1], selected.ln());
+        }
+    }
+}

@@ -33,6 +33,21 @@ impl Stages {
         self.max.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
 
+    /// Ordinals, ascending, of the `n` pages with the highest relative logit of any head in the last scan.
+    #[must_use]
+    pub fn best_pages(&self, n: usize) -> Vec<usize> {
+        let stride = self.scan.blocks.len() * BLOCK;
+        let relative = |page: usize| {
+            let heads = self.logits.chunks_exact(stride.max(1)).zip(&self.max);
+            heads.map(|(logits, max)| logits[page] - max).fold(f32::NEG_INFINITY, f32::max)
+        };
+        let mut pages: Vec<usize> = (0..stride).collect();
+        pages.sort_by(|&a, &b| relative(b).total_cmp(&relative(a)));
+        pages.truncate(n);
+        pages.sort_unstable();
+        pages
+    }
+
     /// Exact scores of the pages with these ordinals; returns the sum of all log-sum-exps.
     pub fn exact(&mut self, view: &View, ordinals: &[usize], queries: &[f32], scaling: f32) -> f32 {
         let Some(layout) = view.layout() else { return 0.0 };
