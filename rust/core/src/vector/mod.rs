@@ -13,6 +13,7 @@
 //!
 //! Readers load one [`arc_swap::ArcSwap`] snapshot and never wait; writers hold one mutex per index.
 
+mod best;
 mod error;
 mod format;
 mod index;

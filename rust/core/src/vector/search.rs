@@ -13,6 +13,7 @@
 
 use rayon::prelude::*;
 
+use super::best::{Best, Candidate};
 use super::error::{Result, VectorError};
 use super::metric::{Metric, Prepared};
 use super::state::State;
@@ -91,54 +92,6 @@ pub(super) fn search_batch(
     found
 }
 
-#[derive(Clone, Copy)]
-struct Candidate {
-    score: f32,
-    id: i64,
-    page: u32,
-    slot: u32,
-}
-
-/// The best scores so far; `floor` is the score a row must reach to matter.
-struct Best {
-    wanted: usize,
-    entries: Vec<Candidate>,
-    floor: f32,
-}
-
-impl Best {
-    fn push(&mut self, candidate: Candidate) {
-        self.entries.push(candidate);
-        if self.entries.len() >= 2 * self.wanted + 64 {
-            self.shrink();
-        }
-    }
-
-    /// Keep the best `wanted`: higher score first, lower id among equals.
-    fn shrink(&mut self) {
-        if self.wanted == 0 {
-            self.entries.clear();
-        }
-        if self.entries.len() < self.wanted.max(1) {
-            return;
-        }
-        let by_rank = |a: &Candidate, b: &Candidate| b.score.total_cmp(&a.score).then(a.id.cmp(&b.id));
-        self.entries.select_nth_unstable_by(self.wanted - 1, by_rank);
-        self.entries.truncate(self.wanted);
-        self.floor = self.entries[self.wanted - 1].score;
-    }
-
-    /// Score of the k-th best so far; minus infinity when there are fewer.
-    fn kth(&mut self, k: usize) -> f32 {
-        self.shrink();
-        if k == 0 || self.entries.len() < k {
-            return f32::NEG_INFINITY;
-        }
-        let (_, kth, _) = self.entries.select_nth_unstable_by(k - 1, |a, b| b.score.total_cmp(&a.score));
-        kth.score
-    }
-}
-
 /// A sealed page that was not visited yet.
 #[derive(Clone, Copy)]
 struct Unseen {
@@ -169,7 +122,7 @@ impl<'a> Search<'a> {
     fn new(state: &'a State, metric: Metric, query: &[f32], k: usize) -> Self {
         let k = k.min(state.n_live);
         let wanted = if k == 0 { 0 } else { k.saturating_add(SPARE) };
-        let best = Best { wanted, entries: Vec::new(), floor: f32::NEG_INFINITY };
+        let best = Best::new(wanted);
         let prepared = metric.prepare(query, &state.mean);
         Self { state, metric, prepared, k, best, unseen: Vec::new(), squares: 0.0, n_seen: 0.0, visited: 0 }
     }
@@ -385,17 +338,5 @@ mod tests {
         for (x, tail) in [(0.0, 0.5), (1.0, 0.158_655), (-1.0, 0.841_345), (2.5, 0.006_209_7), (6.0, 9.87e-10)] {
             assert!((normal_tail(x) - tail).abs() < 2e-6, "{x}");
         }
-    }
-
-    #[test]
-    fn the_best_keep_low_ids_among_equal_scores() {
-        let mut best = Best { wanted: 3, entries: Vec::new(), floor: f32::NEG_INFINITY };
-        for id in (0..500).rev() {
-            best.push(Candidate { score: 1.0, id, page: 0, slot: 0 });
-        }
-        best.shrink();
-        let mut ids: Vec<i64> = best.entries.iter().map(|entry| entry.id).collect();
-        ids.sort_unstable();
-        assert_eq!(ids, [0, 1, 2]);
     }
 }
