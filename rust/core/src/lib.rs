@@ -25,6 +25,7 @@ mod layout;
 mod math;
 mod pack;
 mod page;
+pub mod paper;
 mod plan;
 mod rows;
 mod search;
