@@ -195,7 +195,7 @@ impl Mdci {
         let mut runs: Vec<(CellId, std::ops::Range<usize>)> = Vec::new();
         for &id in &self.levels[level] {
             let cell = self.cells.get_mut(id.0);
-            cell.children.sort_unstable_by(Child::order);
+            cell.children.sort_unstable_by(|a, b| a.order(*b));
             cell.children.shrink_to_fit();
             runs.extend(cuts(cell.children.len()).map(|run| (id, run)));
         }

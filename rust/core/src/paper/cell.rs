@@ -20,7 +20,7 @@ pub(super) struct Child {
 
 impl Child {
     /// Order of a list.
-    pub(super) fn order(&self, other: &Self) -> std::cmp::Ordering {
+    pub(super) fn order(self, other: Self) -> std::cmp::Ordering {
         self.projection.total_cmp(&other.projection).then(self.token.cmp(&other.token))
     }
 }

@@ -5,12 +5,15 @@ use super::cell::{Cell, Child};
 use super::ids::{CellId, TokenId};
 use super::lift::{lift, square};
 use super::options::INSERT_FIELD;
+use super::repack::Spare;
 use super::scratch::Scratch;
+use super::steal::Steal;
 use super::tree::{Mdci, Token};
 use crate::config::PAGE_TOKENS;
 use crate::error::Result;
 use crate::math::{dots, rank_index, rank_key};
 use crate::page::Row;
+use crate::rows::decode;
 
 /// A key on its way into the tree.
 #[derive(Debug, Clone, Copy)]
@@ -33,25 +36,88 @@ impl Mdci {
     pub fn insert(&mut self, keys: &[u8], values: &[u8]) -> Result<()> {
         let rows = self.check_rows(keys, values)?;
         let layout = self.store.layout();
-        let mut scratch = Scratch::default();
-        for i in 0..rows.len() {
-            let row = rows.row(i);
-            let key = self.decoded(row);
-            let mut product = [0.0];
-            self.direction.products(layout.dtype, row.key, &mut product);
-            let new = NewKey { row, key: &key, square: square(&key), product: product[0] };
-            self.insert_one(new, &mut scratch)?;
+        let (mut scratch, mut batch) = (Scratch::default(), Vec::new());
+        let mut first = 0;
+        while first < rows.len() {
+            let n = self.same_parents(rows.len() - first);
+            batch.resize(n * layout.key_dim, 0.0);
+            let mut products = [0.0; PAGE_TOKENS];
+            let bytes = &rows.keys[first * rows.key_bytes..(first + n) * rows.key_bytes];
+            self.direction.products(layout.dtype, bytes, &mut products[..n]);
+            decode(layout.dtype, bytes, &mut batch);
+            let new = |i: usize| {
+                let key = &batch[i * layout.key_dim..][..layout.key_dim];
+                NewKey { row: rows.row(first + i), key, square: square(key), product: products[i] }
+            };
+            let new: Vec<NewKey<'_>> = (0..n).map(new).collect();
+            let parents = self.scan_parents(&batch, &new);
+            for (i, new) in new.into_iter().enumerate() {
+                self.insert_one(new, parents.get(i).copied(), &mut scratch)?;
+            }
+            first += n;
         }
         Ok(())
     }
 
-    fn insert_one(&mut self, new: NewKey<'_>, scratch: &mut Scratch) -> Result<()> {
+    /// Tokens from now on, at most 16, that all go to level 0: their parents are above, where nothing changes
+    /// meanwhile, so they can be found together. 1 when the next token goes higher.
+    fn same_parents(&self, most: usize) -> usize {
+        let mut promotion = self.promotion.clone();
+        let level_zero = (0..most.min(PAGE_TOKENS)).take_while(|_| promotion.place() == 0).count();
+        level_zero.max(1)
+    }
+
+    /// Parents of some tokens of level 0 by one scan of level 1, as if one after the other. Empty when there is no
+    /// such level, when it is too large to be scanned, or when the tokens go higher.
+    fn scan_parents(&mut self, keys: &[f32], new: &[NewKey<'_>]) -> Vec<CellId> {
+        let upper = self.promotion.counts().get(1).copied().unwrap_or(0);
+        if self.promotion.next() > 0 || upper == 0 || upper > self.options.exact_points {
+            return Vec::new();
+        }
+        // `M` as each token finds it, and its lift.
+        let mut limit = self.max_square;
+        let lifts: Vec<(f32, f32)> = new
+            .iter()
+            .map(|new| {
+                limit = limit.max(new.square);
+                (limit, lift(new.square, limit))
+            })
+            .collect();
+        let mut best = vec![(f32::NEG_INFINITY, TokenId(u32::MAX)); new.len()];
+        let (mut products, mut distances) = (vec![0.0; new.len() * PAGE_TOKENS], 0);
+        for span in self.levels[1].iter().flat_map(|&cell| &self.cell(cell).spans) {
+            let leaf = self.leaf(span.leaf);
+            dots(leaf.dots(keys), PAGE_TOKENS, &mut products);
+            distances += (leaf.slots() * new.len()) as u64;
+            for (slot, token) in leaf.tokens() {
+                let square = self.square_of(token);
+                // Almost always the same limit for all: one square root for the point.
+                let (mut limit, mut upper) = (self.max_square, lift(square, self.max_square));
+                for (i, (best, lifts)) in best.iter_mut().zip(&lifts).enumerate() {
+                    if lifts.0 > limit {
+                        (limit, upper) = (lifts.0, lift(square, lifts.0));
+                    }
+                    let affinity = products[i * PAGE_TOKENS + slot] + lifts.1 * upper;
+                    if affinity > best.0 || (affinity >= best.0 && token < best.1) {
+                        *best = (affinity, token);
+                    }
+                }
+            }
+        }
+        self.counters.distances += distances;
+        best.into_iter().map(|(_, token)| self.cell_of[&token]).collect()
+    }
+
+    fn insert_one(&mut self, new: NewKey<'_>, parent: Option<CellId>, scratch: &mut Scratch) -> Result<()> {
         let level = self.promotion.next();
         // A longer key raises `M` for distances; lists keep the limit of their projections.
         let raised = self.max_square.max(new.square);
         let before = std::mem::replace(&mut self.max_square, raised);
-        let planned = self.plan_insert(new, level, scratch);
-        let pages = planned.as_ref().map_or(1, |(_, moves)| moves.as_ref().map_or(0, super::steal::Steal::pages) + 2);
+        let planned = match parent {
+            Some(parent) => Some((parent, None)),
+            None => self.plan_insert(new, level, scratch),
+        };
+        let pages = planned.as_ref().map_or(1, |(_, steal)| steal.as_ref().map_or(0, Steal::pages) + 2);
         let mut spare = match self.spare(pages) {
             Ok(spare) => spare,
             Err(error) => {
@@ -64,29 +130,21 @@ impl Mdci {
         self.n_live += 1;
         self.counters.inserts += 1;
         self.promotion.place();
-        match planned {
-            Some((parent, steal)) => {
-                self.put_key(parent, token, new, &mut spare);
-                if let Some(steal) = steal {
-                    let cell = self.add_cell(token, level - 1);
-                    self.steal(cell, steal, &mut spare);
-                }
+        if let Some((parent, steal)) = planned {
+            self.put_key(parent, token, new, &mut spare);
+            if let Some(steal) = steal {
+                let cell = self.add_cell(token, level - 1);
+                self.steal(cell, steal, &mut spare);
             }
-            None => {
-                self.open_level(token);
-                self.put_key(self.root, token, new, &mut spare);
-            }
+        } else {
+            self.open_level(token);
+            self.put_key(self.root, token, new, &mut spare);
         }
         Ok(())
     }
 
     /// Parent cell and take-over of a token on an existing level; `None` when it opens a level.
-    fn plan_insert(
-        &mut self,
-        new: NewKey<'_>,
-        level: usize,
-        scratch: &mut Scratch,
-    ) -> Option<(CellId, Option<super::steal::Steal>)> {
+    fn plan_insert(&mut self, new: NewKey<'_>, level: usize, scratch: &mut Scratch) -> Option<(CellId, Option<Steal>)> {
         if level == self.levels.len() {
             return None;
         }
@@ -132,7 +190,7 @@ impl Mdci {
     }
 
     /// Puts a new or moved key into the list of `cell`; an empty list starts with the limit of now.
-    pub(super) fn put_key(&mut self, cell: CellId, token: TokenId, new: NewKey<'_>, spare: &mut super::repack::Spare) {
+    pub(super) fn put_key(&mut self, cell: CellId, token: TokenId, new: NewKey<'_>, spare: &mut Spare) {
         let list = self.cells.get_mut(cell.0);
         if list.children.is_empty() {
             list.limit = self.max_square;

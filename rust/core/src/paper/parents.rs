@@ -30,7 +30,10 @@ impl Points {
     }
 
     fn subset(&self, dim: usize, which: &[u32]) -> Self {
-        let vectors = which.iter().flat_map(|&i| &self.vectors[i as usize * dim..][..dim]).copied().collect();
+        let mut vectors = Vec::with_capacity(which.len() * dim);
+        for &i in which {
+            vectors.extend_from_slice(&self.vectors[i as usize * dim..][..dim]);
+        }
         Self { vectors, lifts: which.iter().map(|&i| self.lifts[i as usize]).collect() }
     }
 }
@@ -76,9 +79,9 @@ pub(super) fn exact(keys: Keys<'_>, tokens: &[u32], points: &Points) -> Vec<Near
 /// Nearest point of at most 64 tokens.
 fn scan(keys: Keys<'_>, tokens: &[u32], points: &Points) -> Vec<Nearest> {
     let n = tokens.len();
-    let rows: Vec<u8> = tokens.iter().flat_map(|&token| keys.row(token)).copied().collect();
-    let mut lifts = [0.0; BLOCK];
+    let (mut rows, mut lifts) = (Vec::with_capacity(n * keys.dim * keys.dtype.size()), [0.0; BLOCK]);
     for (lift, &token) in lifts.iter_mut().zip(tokens) {
+        rows.extend_from_slice(keys.row(token));
         *lift = keys.lifts[token as usize];
     }
     let (mut best, mut parents) = ([f32::NEG_INFINITY; BLOCK], [0_u32; BLOCK]);
@@ -146,7 +149,9 @@ pub(super) fn anchored(
         tried.dedup();
         let some = points.subset(keys.dim, &tried);
         let mut found: Vec<Nearest> = tokens.chunks(BLOCK).flat_map(|block| scan(keys, block, &some)).collect();
-        found.iter_mut().for_each(|nearest| nearest.parent = tried[nearest.parent as usize]);
+        for nearest in &mut found {
+            nearest.parent = tried[nearest.parent as usize];
+        }
         (found, (tokens.len() * tried.len()) as u64)
     };
     let intervals: Vec<(Vec<Nearest>, u64)> =

@@ -38,7 +38,7 @@ impl Mdci {
     /// Adds a child with its row to a list; takes at most 2 spare pages.
     pub(super) fn put(&mut self, id: CellId, child: Child, row: Row<'_>, spare: &mut Spare) {
         let cell = self.cells.get_mut(id.0);
-        let place = cell.children.partition_point(|other| other.order(&child).is_lt());
+        let place = cell.children.partition_point(|other| other.order(child).is_lt());
         let span = cell.span_of(place);
         cell.children.insert(place, child);
         if cell.spans.is_empty() {
@@ -71,8 +71,8 @@ impl Mdci {
         let old: Vec<LeafId> = cell.spans[spans.clone()].iter().map(|span| span.leaf).collect();
         let run = cell.run(spans.start).start..cell.run(spans.end - 1).end;
         let fresh = self.write(id, &cell.children[run.clone()], extra, spare);
-        let spans_of = self.adopt(id, &self.cell(id).children[run.clone()].to_vec(), fresh, run.start);
-        self.cells.get_mut(id.0).spans.splice(spans, spans_of);
+        let fresh = self.adopt(id, fresh, run);
+        self.cells.get_mut(id.0).spans.splice(spans, fresh);
         for leaf in old {
             self.leaves.take(leaf.0);
         }
@@ -90,14 +90,15 @@ impl Mdci {
             .collect()
     }
 
-    /// Takes fresh leaves over `children` into the tree; returns their spans, `start` on.
-    fn adopt(&mut self, id: CellId, children: &[Child], fresh: Vec<Leaf>, start: usize) -> Vec<Span> {
+    /// Takes fresh leaves over a run of the children of a cell into the tree; returns their spans.
+    fn adopt(&mut self, id: CellId, fresh: Vec<Leaf>, run: Range<usize>) -> Vec<Span> {
+        let children = &self.cells.get(id.0).children[run.clone()];
         let mut spans = Vec::with_capacity(fresh.len());
-        for (run, leaf) in cuts(children.len()).zip(fresh) {
+        for (part, leaf) in cuts(children.len()).zip(fresh) {
             debug_assert_eq!(leaf.cell, id, "a fresh leaf is written for its cell");
             let leaf = LeafId(self.leaves.add(leaf));
-            spans.push(Span { leaf, start: (start + run.start) as u32 });
-            for child in &children[run] {
+            spans.push(Span { leaf, start: (run.start + part.start) as u32 });
+            for child in &children[part] {
                 self.tokens[child.token.0 as usize].leaf = Some(leaf);
             }
         }
@@ -107,13 +108,12 @@ impl Mdci {
     /// Fills an empty list with children that are in leaves of other cells; those still hold their rows afterwards,
     /// until [`Self::take_out`]. Takes `ceil(n / 16)` spare pages.
     pub(super) fn move_in(&mut self, id: CellId, mut children: Vec<Child>, spare: &mut Spare) {
-        children.sort_unstable_by(Child::order);
-        let fresh = self.write(id, &children, None, spare);
-        let spans = self.adopt(id, &children, fresh, 0);
-        let cell = self.cells.get_mut(id.0);
-        debug_assert!(cell.children.is_empty(), "only a fresh list is filled");
-        cell.children = children;
-        cell.spans = spans;
+        children.sort_unstable_by(|a, b| a.order(*b));
+        let (fresh, n) = (self.write(id, &children, None, spare), children.len());
+        debug_assert!(self.cell(id).children.is_empty(), "only a fresh list is filled");
+        self.cells.get_mut(id.0).children = children;
+        let spans = self.adopt(id, fresh, 0..n);
+        self.cells.get_mut(id.0).spans = spans;
     }
 
     /// Takes children out of a list; leaves left with fewer than 8 are merged with, or refilled from, a neighbour.

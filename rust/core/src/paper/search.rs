@@ -61,7 +61,9 @@ impl Mdci {
         let wanted = k.min(self.n_pages());
         let work = self.descend_for(queries, wanted, field, scratch);
         let heads = &mut scratch.heads[..group];
-        heads.iter_mut().for_each(|head| rank(head, wanted));
+        for head in heads.iter_mut() {
+            rank(head, wanted);
+        }
         let tokens = heads.iter().map(|head| self.best_tokens(head, k)).collect();
         let mut hits = PageHits { tokens, distances: work.distances, cells: work.cells, ..PageHits::default() };
         self.interleave(&scratch.heads[..group], wanted, &mut scratch.chosen, &mut hits);

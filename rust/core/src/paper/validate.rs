@@ -44,7 +44,7 @@ impl Mdci {
     }
 
     fn validate_list(&self, id: CellId, cell: &Cell) -> Result<()> {
-        let sorted = cell.children.is_sorted_by(|a, b| a.order(b).is_lt());
+        let sorted = cell.children.is_sorted_by(|a, b| a.order(*b).is_lt());
         ensure(sorted, || format!("{id:?} is not in projection order"))?;
         let starts = cell.spans.first().map_or(0, |span| span.start) == 0;
         ensure(starts && cell.spans.is_empty() == cell.children.is_empty(), || format!("{id:?} has a gap"))?;
