@@ -5,6 +5,8 @@
 //! `cargo run --release -p icecache-core --example paper -- --files keys.f32 queries.f32` reads raw float32
 //! `[n, 128]` and `[queries, 4, 128]` instead, for keys of another generator.
 
+#![allow(clippy::unwrap_used, unreachable_pub, reason = "a benchmark fails by panicking and is no library")]
+
 #[path = "keys.rs"]
 mod keys;
 

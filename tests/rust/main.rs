@@ -4,6 +4,8 @@
 mod basics;
 mod concurrency;
 mod model;
+mod paper;
+mod paper_profiles;
 mod properties;
 mod support;
 mod vector;
