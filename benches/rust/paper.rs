@@ -5,7 +5,7 @@
 //! `cargo run --release -p icecache-core --example paper -- --files keys.f32 queries.f32` reads raw float32
 //! `[n, 128]` and `[queries, 4, 128]` instead, for keys of another generator.
 
-#![allow(clippy::unwrap_used, unreachable_pub, reason = "a benchmark fails by panicking and is no library")]
+#![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 
 #[path = "keys.rs"]
 mod keys;
@@ -214,7 +214,7 @@ fn main() {
     {
         let mut queries = read(queries);
         queries.truncate(QUERIES * GROUP * DIM);
-        return run(&keys::Data { keys: read(keys), queries, dim: DIM, group: GROUP }, &pool);
+        return run(&keys::Data { keys: read(keys), queries }, &pool);
     }
     let given: Vec<usize> = arguments.iter().filter_map(|n| n.parse().ok()).collect();
     for n in if given.is_empty() { vec![4096, 36_864, 102_400] } else { given } {

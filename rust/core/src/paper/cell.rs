@@ -64,7 +64,8 @@ impl Cell {
     /// touched by a walk outwards, nearest projection first, in batches of 128 until the share is reached.
     pub(super) fn near(&self, projection: f32, field: Field) -> Range<usize> {
         let n = self.children.len();
-        let wanted = (n as f64 * f64::from(field.share)).ceil() as usize;
+        // In f32, so that 0.2 of 640 is 128 and not one more.
+        let wanted = (n as f32 * field.share).ceil() as usize;
         let wanted = wanted.div_ceil(WALK_BATCH) * WALK_BATCH;
         if field.cells >= n || wanted >= n {
             return 0..self.spans.len();
