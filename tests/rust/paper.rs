@@ -203,6 +203,19 @@ fn a_key_of_four_times_the_norm_moves_at_most_one_page_of_tokens() {
 }
 
 #[test]
+fn thinned_pages_are_merged_with_their_neighbours() {
+    // Lists of a hundred children, several pages each.
+    let mut tree = build(1, MdciOptions::for_dtype(Dtype::F32), DIM, &noise(2000 * DIM, 19));
+    let before = tree.n_pages();
+    let gone: Vec<TokenId> = (0..2000).filter(|i| i % 5 != 0).map(TokenId).collect();
+    assert_eq!(tree.remove(&gone).unwrap(), 1600);
+    tree.validate().unwrap();
+    // Without merging nearly every page keeps one of its tokens.
+    assert!(tree.n_pages() * 3 < before * 2, "{} of {before} pages", tree.n_pages());
+    assert!(tree.counters().repacks > 0);
+}
+
+#[test]
 fn a_group_search_interleaves_the_rankings_of_its_queries() {
     let tree = build(1, options(), DIM, &noise(1500 * DIM, 10));
     let (queries, field, mut scratch) = (noise(3 * DIM, 11), Field { cells: 5, share: 0.5 }, Scratch::default());
