@@ -35,5 +35,6 @@ fn add_tree(hash: &mut Xxh3, view: &View) {
         (0..summaries.n_blocks()).for_each(|b| hash.update(bytemuck::cast_slice(summaries.block(b))));
         hash.update(bytemuck::cast_slice(&summaries.scales));
         hash.update(bytemuck::cast_slice(&summaries.spreads));
+        hash.update(bytemuck::cast_slice(&summaries.radii));
     }
 }

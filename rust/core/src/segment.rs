@@ -107,6 +107,8 @@ pub(crate) struct Summaries {
     pub(crate) ln_counts: Box<[f32]>,
     /// Root of the mean squared distance of a page's keys to their mean.
     pub(crate) spreads: Box<[f32]>,
+    /// Distance of the farthest key of a page to their mean.
+    pub(crate) radii: Box<[f32]>,
     /// Squared norm of each mean.
     pub(crate) mean_squares: Box<[f32]>,
     pairs: usize,
@@ -121,6 +123,7 @@ impl Summaries {
             scales: vec![0.0; lanes].into_boxed_slice(),
             ln_counts: vec![f32::NEG_INFINITY; lanes].into_boxed_slice(),
             spreads: vec![0.0; lanes].into_boxed_slice(),
+            radii: vec![0.0; lanes].into_boxed_slice(),
             mean_squares: vec![0.0; lanes].into_boxed_slice(),
             pairs,
         };
@@ -128,12 +131,13 @@ impl Summaries {
             let mean = mean_of(members.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
             built.set(page, members.len(), &mean);
             let square = |x: f32| f64::from(x) * f64::from(x);
-            let spread: f64 = members
-                .iter()
-                .flat_map(|&i| keys[i as usize * dim..][..dim].iter().zip(&mean))
-                .map(|(x, m)| square(x - m))
-                .sum();
-            built.spreads[page] = (spread / members.len() as f64).sqrt() as f32;
+            let distance = |&i: &u16| -> f64 {
+                keys[i as usize * dim..][..dim].iter().zip(&mean).map(|(x, m)| square(x - m)).sum()
+            };
+            let (sum, max) = members.iter().map(distance).fold((0.0, 0.0), |(sum, max), d| (sum + d, f64::max(max, d)));
+            built.spreads[page] = (sum / members.len() as f64).sqrt() as f32;
+            // Bounded so that a reach, radius times query length, stays finite.
+            built.radii[page] = max.sqrt().min(1e20) as f32;
             built.mean_squares[page] = mean.iter().map(|&m| square(m)).sum::<f64>().min(f64::from(f32::MAX)) as f32;
         }
         built
@@ -163,7 +167,8 @@ impl Summaries {
     }
 
     fn heap_bytes(&self) -> usize {
-        self.means.len() + 4 * (self.scales.len() + self.ln_counts.len() + self.spreads.len() + self.mean_squares.len())
+        let floats = [&self.scales, &self.ln_counts, &self.spreads, &self.radii, &self.mean_squares];
+        self.means.len() + floats.iter().map(|values| 4 * values.len()).sum::<usize>()
     }
 }
 

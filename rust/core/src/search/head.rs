@@ -8,7 +8,7 @@ use super::probe::{Probe, Query};
 use super::quantised::QuantisedQueries;
 use super::rank::top_keys;
 use super::scan::{Scan, ordinal};
-use crate::config::{FLAT_PAGES, PROBE_MASS, SEGMENT_GROUPS, SEGMENT_PAGES, SearchOptions};
+use crate::config::{CANDIDATE_REACH, FLAT_PAGES, PROBE_MASS, REACH, SEGMENT_GROUPS, SEGMENT_PAGES, SearchOptions};
 use crate::math::{log_sum, rank_index, rank_key};
 use crate::simd::{BLOCK, Logit, kernels};
 use crate::snapshot::View;
@@ -32,12 +32,14 @@ pub(crate) struct Scratch {
     queries: QuantisedQueries,
     scan: Scan,
     probe: Probe,
-    /// `[group, columns]`: logits of the scanned lanes, then of the tail; later their masses.
+    /// `[group, columns]`: logits of the scanned lanes, of the tail and of the groups left out; later their masses.
     logits: Vec<f32>,
+    /// Logits of one head's scanned lanes, raised for the ranking; later their masses.
+    ranking: Vec<f32>,
     /// Estimated mass per scanned lane, summed over the group.
     weights: Vec<f32>,
     keys: Vec<u64>,
-    /// Largest logit per head.
+    /// Largest logit per head: of the scan, later of what counts in the end.
     max: Vec<f32>,
     dots: Vec<f32>,
     exact: ExactScores,
@@ -91,7 +93,7 @@ pub(crate) fn search_head(
         return;
     }
     let logit = Logit { scaling: options.scaling, softcap: options.softcap.unwrap_or(0.0) };
-    let Scratch { queries: quantised, scan, probe, logits, weights, keys, max, dots, exact } = scratch;
+    let Scratch { queries: quantised, scan, probe, logits, ranking, weights, keys, max, dots, exact } = scratch;
     quantised.set(queries, layout.key_dim, |x| x);
     max.clear();
     max.resize(group, f32::NEG_INFINITY);
@@ -109,6 +111,7 @@ pub(crate) fn search_head(
     logits.clear();
     logits.resize(group * stride, f32::NEG_INFINITY);
     scan.run(view, quantised, logit, stride, logits, max);
+    weigh(logits, stride, &scan.radii, |g| quantised.length(g, options.scaling), ranking, weights);
     let mut scorer = PageScorer { layout, queries, logit, dots };
     exact.reset(group, options.n_candidates().min(n_scanned) + n_tail);
     for t in 0..n_tail {
@@ -116,12 +119,10 @@ pub(crate) fn search_head(
         exact.add(view, ordinal, n_scanned + t, &mut scorer);
     }
     *out.visited = (n_scanned + probe.n_scored + exact.ordinals.len()) as i64;
-    exact.fill_in(logits, stride, max);
+    exact.fill_in(logits, stride);
     for (g, left) in probe.left.chunks_exact(probe.n_left.max(1)).enumerate() {
         logits[g * stride + n_scanned + n_tail..][..probe.n_left].copy_from_slice(left);
-        max[g] = left.iter().copied().fold(max[g], f32::max);
     }
-    weigh(logits, stride, n_scanned, max, weights);
     rank_lanes(view, scan, weights, keys);
     top_keys(keys, options.n_candidates());
     // In memory order, which is kinder to the prefetcher.
@@ -146,17 +147,41 @@ fn rank_lanes(view: &View, scan: &Scan, weights: &[f32], keys: &mut Vec<u64>) {
     }
 }
 
-/// Turns logits into masses relative to `max` and sums the normalised masses of the scanned lanes over the heads.
-fn weigh(logits: &mut [f32], stride: usize, n_scanned: usize, max: &[f32], weights: &mut Vec<f32>) {
+/// Sums over the heads the mass that each scanned lane may hold, as a share of the head's. Only lanes that compete as
+/// candidates count: next to the exact (and therefore higher) logits of the tail a head would lose its vote.
+fn weigh(
+    logits: &[f32],
+    stride: usize,
+    radii: &[f32],
+    length: impl Fn(usize) -> f32,
+    ranking: &mut Vec<f32>,
+    weights: &mut Vec<f32>,
+) {
     let kernels = kernels();
     weights.clear();
-    weights.resize(n_scanned, 0.0);
-    for (masses, &max) in logits.chunks_exact_mut(stride.max(1)).zip(max) {
+    weights.resize(radii.len(), 0.0);
+    for (g, logits) in logits.chunks_exact(stride.max(1)).enumerate() {
+        ranking.clear();
+        ranking.extend_from_slice(&logits[..radii.len()]);
+        (kernels.add_scaled)(ranking, radii, (CANDIDATE_REACH - REACH) * length(g));
+        let max = maximum(ranking);
         if max > f32::NEG_INFINITY {
-            let sum = (kernels.exp_sum)(masses, max);
-            (kernels.add_scaled)(weights, &masses[..n_scanned], 1.0 / sum);
+            let sum = (kernels.exp_sum)(ranking, max);
+            (kernels.add_scaled)(weights, ranking, 1.0 / sum);
         }
     }
+}
+
+/// Largest element; minus infinity for none. In lanes, so that it compiles to vector instructions.
+fn maximum(x: &[f32]) -> f32 {
+    let (chunks, rest) = x.as_chunks::<BLOCK>();
+    let mut lanes = [f32::NEG_INFINITY; BLOCK];
+    for chunk in chunks {
+        for (lane, x) in lanes.iter_mut().zip(chunk) {
+            *lane = if *x > *lane { *x } else { *lane };
+        }
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max)
 }
 
 impl ExactScores {
@@ -181,12 +206,11 @@ impl ExactScores {
     }
 
     /// Writes the exact log-sum-exps into the logits, for the pages that have no estimate.
-    fn fill_in(&self, logits: &mut [f32], stride: usize, max: &mut [f32]) {
-        for (g, max) in max.iter_mut().enumerate() {
+    fn fill_in(&self, logits: &mut [f32], stride: usize) {
+        for (g, logits) in logits.chunks_exact_mut(stride.max(1)).enumerate() {
             for (i, &column) in self.columns.iter().enumerate() {
                 let at = g * self.capacity + i;
-                logits[g * stride + column as usize] = log_sum(self.masses[at], self.sums[at]);
-                *max = max.max(self.masses[at]);
+                logits[column as usize] = log_sum(self.masses[at], self.sums[at]);
             }
         }
     }
@@ -209,11 +233,11 @@ impl ExactScores {
             let masses = &mut self.masses[g * self.capacity..][..n];
             let estimates = &mut estimates[g * stride..][..stride];
             for &column in &self.columns {
-                estimates[column as usize] = 0.0;
+                estimates[column as usize] = f32::NEG_INFINITY;
             }
-            let top = masses.iter().copied().fold(*max, f32::max);
-            let mut shift = [*max];
-            let rest = (kernels.sum)(estimates) * (kernels.exp_sum)(&mut shift, top);
+            // Not the maximum of stage 1: an estimate may lie far above the exact value that replaced it.
+            let top = maximum(estimates).max(maximum(masses));
+            let rest = (kernels.exp_sum)(estimates, top);
             (kernels.exp_sum)(masses, top);
             for (mass, sum) in masses.iter_mut().zip(&self.sums[g * self.capacity..][..n]) {
                 *mass *= sum;

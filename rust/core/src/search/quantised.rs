@@ -7,6 +7,8 @@ pub(crate) struct QuantisedQueries {
     /// `[group, 2 * pairs]`, zero-padded to an even length.
     pub(crate) levels: Vec<i16>,
     pub(crate) scales: Vec<f32>,
+    /// Norms of the queries as given.
+    lengths: Vec<f64>,
     pub(crate) pairs: usize,
 }
 
@@ -16,6 +18,7 @@ impl QuantisedQueries {
         self.pairs = dim.div_ceil(2);
         self.levels.clear();
         self.scales.clear();
+        self.lengths.clear();
         // Largest level for which a sum of `dim` products with an int8 fits an i32.
         let limit = (i32::MAX as usize / (127 * dim)).min(i16::MAX as usize) as f32;
         for query in queries.chunks_exact(dim) {
@@ -26,6 +29,12 @@ impl QuantisedQueries {
             self.levels.extend(query.iter().map(level));
             self.levels.resize(self.levels.len() + 2 * self.pairs - dim, 0);
             self.scales.push(scale);
+            self.lengths.push(query.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt());
         }
+    }
+
+    /// Norm of query `g` times `scaling`, bounded so that no page's reach can overflow (a radius is at most 1e20).
+    pub(crate) fn length(&self, g: usize, scaling: f32) -> f32 {
+        (self.lengths[g] * f64::from(scaling)).min(1e17) as f32
     }
 }

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::quantised::QuantisedQueries;
-use crate::config::SEGMENT_GROUPS;
+use crate::config::{REACH, SEGMENT_GROUPS};
 use crate::simd::{BLOCK, Logit, kernels};
 use crate::snapshot::View;
 
@@ -11,6 +11,8 @@ use crate::snapshot::View;
 pub(crate) struct Scan {
     /// Blocks in ascending order: `4 * segment + block`.
     pub(crate) blocks: Vec<u32>,
+    /// Radius of every visited lane's page.
+    pub(crate) radii: Vec<f32>,
     raw: Vec<i32>,
 }
 
@@ -37,6 +39,7 @@ impl Scan {
         let kernels = kernels();
         let group = queries.scales.len();
         self.raw.resize(group * BLOCK, 0);
+        self.radii.clear();
         for (i, &block) in self.blocks.iter().enumerate() {
             let entry = &view.snapshot().segments[block as usize / SEGMENT_GROUPS];
             let b = block as usize % SEGMENT_GROUPS;
@@ -44,10 +47,15 @@ impl Scan {
             (kernels.scan)(summaries.block(b), &queries.levels, queries.pairs, &mut self.raw);
             let scales = &summaries.scales[b * BLOCK..][..BLOCK];
             let ln_counts = &entry.ln_counts()[b * BLOCK..][..BLOCK];
+            let radii = &summaries.radii[b * BLOCK..][..BLOCK];
+            self.radii.extend_from_slice(radii);
             for g in 0..group {
                 let out = &mut logits[g * stride + i * BLOCK..][..BLOCK];
                 let raw = &self.raw[g * BLOCK..][..BLOCK];
-                let top = (kernels.logits)(raw, scales, queries.scales[g], logit, ln_counts, out);
+                let mut addends = [0.0; BLOCK];
+                addends.copy_from_slice(ln_counts);
+                (kernels.add_scaled)(&mut addends, radii, REACH * queries.length(g, logit.scaling));
+                let top = (kernels.logits)(raw, scales, queries.scales[g], logit, &addends, out);
                 max[g] = max[g].max(top);
             }
         }
