@@ -27,6 +27,7 @@ mod pack;
 mod page;
 pub mod paper;
 mod plan;
+mod reassign;
 mod rows;
 mod search;
 mod segment;

@@ -12,10 +12,21 @@
 use crate::config::{PACK_CANDIDATES, PACK_ROUNDS, PAGE_TOKENS};
 use crate::layout::Dtype;
 use crate::math::{rank_index, rank_key};
+use crate::reassign::reassign;
 use crate::simd::{Dots, kernels};
 
 /// Seeds scored in one pass: the pass then costs arithmetic, not memory.
 const SEEDS: usize = 4;
+
+/// Packs `n` keys `[n, dim]` as [`pack`] does and lets all keys choose once more among the pages.
+pub(crate) fn pack_pages(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
+    if keys.is_empty() {
+        return Vec::new();
+    }
+    let keys = normalised(keys);
+    let pages = Packer::new(keys.clone(), dim).run();
+    reassign(&keys, dim, &pages)
+}
 
 /// Packs `n` keys `[n, dim]`; every page but the last has 16 members, ascending. Pages come in the order of their seeds.
 pub(crate) fn pack(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
@@ -38,7 +49,7 @@ pub(crate) fn normalised(keys: &[f32]) -> Vec<f32> {
 }
 
 /// Tokens by squared norm, largest first.
-fn seed_order(keys: &[f32], dim: usize) -> Vec<u16> {
+pub(crate) fn seed_order(keys: &[f32], dim: usize) -> Vec<u16> {
     let mut order: Vec<u64> =
         keys.chunks_exact(dim).enumerate().map(|(i, row)| rank_key(one_dot(row, row), i as u32)).collect();
     order.sort_unstable_by(|a, b| b.cmp(a));

@@ -9,7 +9,7 @@ use crate::arena::Lease;
 use crate::config::{GROUP_PAGES, PAGE_TOKENS};
 use crate::groups::GroupSummary;
 use crate::layout::PageLayout;
-use crate::pack::pack;
+use crate::pack::{pack, pack_pages};
 use crate::page::{Row, SealedPages};
 use crate::rows::decode;
 use crate::simd::BLOCK;
@@ -41,7 +41,7 @@ impl Segment {
         for (row, key) in rows.iter().zip(keys.chunks_exact_mut(dim)) {
             decode(layout.dtype, row.row.key, key);
         }
-        let packing = group_pages(pack(&keys, dim), &keys, dim);
+        let packing = group_pages(pack_pages(&keys, dim), &keys, dim);
         let groups = GroupSummary::of_segment(&keys, dim, &packing);
         let summaries = Summaries::build(&keys, dim, &packing);
         let locals = packing.iter().flatten().map(|&i| rows[i as usize].local).collect();
