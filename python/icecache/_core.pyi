@@ -125,7 +125,7 @@ def search(
     softcap : float, optional
         ``softcap * tanh(logit / softcap)`` is applied to scaled logits.
     candidates : int, optional
-        Pages scored from their keys. Default: max(6 k, 128).
+        Pages scored from their keys. Default: max(6 k, 112).
     probe_mass : float, optional
         Share of the estimated mass that visited super-groups must hold, for long sequences.
     exact : bool

@@ -18,9 +18,9 @@ pub(crate) const SEGMENT_GROUPS: usize = SEGMENT_PAGES / GROUP_PAGES;
 pub(crate) const PACK_CANDIDATES: usize = 32;
 /// Re-ranking rounds of the packing against the members' mean.
 pub(crate) const PACK_ROUNDS: usize = 2;
-/// Fewest pages that the second stage scores exactly. With 96, sharp queries of a trained model lose half as much mass
-/// again (.017 against .012 with 128 and .006 with 192, 13 pages of 16k keys; README).
-pub(crate) const MIN_CANDIDATES: usize = 128;
+/// Fewest pages that the second stage scores exactly: a trade of time for mass. Sharp queries of a trained model lose
+/// .017 of the mass with 96, .012 with 128 and .006 with 192 (13 pages of 16k keys, README).
+pub(crate) const MIN_CANDIDATES: usize = 112;
 /// How far along the query the keys of a page are taken to reach beyond their mean when its log-sum-exp is estimated, as
 /// a share of the page's radius. Unbiased on the keys of a trained model (README).
 pub(crate) const REACH: f32 = 0.1;
@@ -43,7 +43,7 @@ pub struct SearchOptions {
     pub scaling: f32,
     /// `softcap * tanh(logit / softcap)` is applied to scaled logits when given.
     pub softcap: Option<f32>,
-    /// Pages scored exactly; default `max(6 k, 128)`. Raised to `k` when smaller.
+    /// Pages scored exactly; default `max(6 k, 112)`. Raised to `k` when smaller.
     pub candidates: Option<usize>,
     /// Estimated share of the softmax mass that the visited super-groups must hold, in `(0, 1]`. Used above
     /// 4096 sealed pages; 1 visits all, and a sixth of the groups is visited in any case.

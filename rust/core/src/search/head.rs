@@ -108,8 +108,11 @@ pub(crate) fn search_head(
     let n_scanned = scan.blocks.len() * BLOCK;
     let n_tail = view.snapshot().tail.len();
     let stride = n_scanned + n_tail + probe.n_left;
-    logits.clear();
+    // The scan writes its own columns; those of the tail stay empty where a page has no live token.
     logits.resize(group * stride, f32::NEG_INFINITY);
+    for logits in logits.chunks_exact_mut(stride.max(1)) {
+        logits[n_scanned..].fill(f32::NEG_INFINITY);
+    }
     scan.run(view, quantised, logit, stride, logits, max);
     weigh(logits, stride, &scan.radii, |g| quantised.length(g, options.scaling), ranking, weights);
     let mut scorer = PageScorer { layout, queries, logit, dots };
@@ -161,9 +164,9 @@ fn weigh(
     weights.clear();
     weights.resize(radii.len(), 0.0);
     for (g, logits) in logits.chunks_exact(stride.max(1)).enumerate() {
+        let further = (CANDIDATE_REACH - REACH) * length(g);
         ranking.clear();
-        ranking.extend_from_slice(&logits[..radii.len()]);
-        (kernels.add_scaled)(ranking, radii, (CANDIDATE_REACH - REACH) * length(g));
+        ranking.extend(logits.iter().zip(radii).map(|(logit, radius)| logit + further * radius));
         let max = maximum(ranking);
         if max > f32::NEG_INFINITY {
             let sum = (kernels.exp_sum)(ranking, max);

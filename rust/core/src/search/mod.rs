@@ -3,7 +3,7 @@
 //! Stage 1 estimates every page's log-sum-exp as `query . mean * scaling + ln count + reach * |query| * scaling * radius`
 //! from int8 means, normalises per head and sums the masses over the group. The last term makes room for keys that lie
 //! far from their page's mean; it is larger for ranking candidates than for the estimate of the whole mass.
-//! Stage 2 computes the exact log-sum-exp of the best `max(6 k, 128)` pages
+//! Stage 2 computes the exact log-sum-exp of the best `max(6 k, 112)` pages
 //! from their keys. The tail has no summaries: its pages are scored exactly in stage 1.
 #![forbid(unsafe_code)]
 

@@ -25,7 +25,11 @@ impl QuantisedQueries {
             let max = query.iter().fold(0.0_f32, |max, &x| max.max(map(x).abs())).min(f32::MAX);
             let scale = if (max / limit).is_normal() { max / limit } else { 0.0 };
             let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-            let level = |&x: &f32| (map(x) * inverse).round().clamp(-limit, limit) as i16;
+            // Rounds half away from zero; `round` would be a function call per element.
+            let level = |&x: &f32| {
+                let level = (map(x) * inverse).clamp(-limit, limit);
+                (level + 0.5_f32.copysign(level)) as i16
+            };
             self.levels.extend(query.iter().map(level));
             self.levels.resize(self.levels.len() + 2 * self.pairs - dim, 0);
             self.scales.push(scale);

@@ -52,9 +52,8 @@ impl Scan {
             for g in 0..group {
                 let out = &mut logits[g * stride + i * BLOCK..][..BLOCK];
                 let raw = &self.raw[g * BLOCK..][..BLOCK];
-                let mut addends = [0.0; BLOCK];
-                addends.copy_from_slice(ln_counts);
-                (kernels.add_scaled)(&mut addends, radii, REACH * queries.length(g, logit.scaling));
+                let reach = REACH * queries.length(g, logit.scaling);
+                let addends: [f32; BLOCK] = std::array::from_fn(|lane| ln_counts[lane] + reach * radii[lane]);
                 let top = (kernels.logits)(raw, scales, queries.scales[g], logit, &addends, out);
                 max[g] = max[g].max(top);
             }
