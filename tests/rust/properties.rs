@@ -208,3 +208,25 @@ fn the_index_needs_at_most_40_bytes_a_key_beside_the_pages() {
     let per_key = forest.index_bytes() as f64 / n as f64;
     assert!(per_key <= 40.0, "{per_key} bytes a key");
 }
+
+#[test]
+fn a_fork_can_fill_and_split_every_page_it_shares() {
+    let (pool, dim, n_pages) = (pool(1), 8, 6);
+    // Page `p` holds keys along axis `p`, one short of full: a fork copies it for the first key and splits it for the next.
+    let along = |page: usize, i: usize| {
+        let mut key = noise(dim, (page * 100 + i) as u64).iter().map(|x| x * 0.01).collect::<Vec<f32>>();
+        key[page] += 10.0;
+        key
+    };
+    let parent = forest(1, dim);
+    let keys = |per_page: std::ops::Range<usize>| -> Vec<f32> {
+        (0..n_pages).flat_map(|page| per_page.clone().flat_map(move |i| along(page, i))).collect()
+    };
+    add(&pool, &parent, &keys(0..16));
+    parent.remove(&(0..n_pages).map(|page| page * 16).collect::<Vec<_>>()).unwrap();
+    for forest in [parent.fork(), parent] {
+        add(&pool, &forest, &keys(16..18));
+        forest.validate().unwrap();
+        assert_eq!(forest.n_pages()[0], 2 * n_pages, "every page was split");
+    }
+}

@@ -29,10 +29,11 @@ impl TailMeans {
     }
 }
 
-/// Pages that `n` inserts can need: every old page is copied or split at most once, a new half is full again after
-/// at least 8 inserts, and a split makes two pages.
+/// Most pages that `n` inserts can need: an insert copies a page (one) or splits it (two). An old page can be copied
+/// (it belongs to the parent of a fork, or only removals made room in it), filled and then split, three in all; a new
+/// half is full again after at least 8 inserts. One more for an empty tail.
 pub(crate) fn pages_for_inserts(n: usize, n_pages: usize) -> usize {
-    2 * n.min(n_pages + n / (PAGE_TOKENS / 2)) + 1
+    (2 * n).min(3 * n_pages + 2 * (n / (PAGE_TOKENS / 2))) + 1
 }
 
 /// Packs rows (ascending tokens, relative to the tail) greedily into open pages: the tail of a bulk build.
