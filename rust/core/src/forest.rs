@@ -32,6 +32,8 @@ pub(crate) struct Writer {
     /// Means of the tail's pages per head, if known.
     pub(crate) means: Vec<Option<TailMeans>>,
     pub(crate) counters: Counters,
+    /// Whether a token may be missing, because it was removed here or before a fork.
+    pub(crate) removals: bool,
 }
 
 /// One sequence of one layer. Writers exclude each other; readers are never delayed.
@@ -55,12 +57,12 @@ impl Forest {
             return Err(Error::Option { name: "n_kv_heads", expected: "1..=65536", received });
         }
         let heads = (0..n_heads).map(|_| HeadIndex::new(Arc::clone(&store))).collect();
-        Ok(Self::from_parts(store, heads, 0))
+        Ok(Self::from_parts(store, heads, 0, false))
     }
 
-    fn from_parts(store: Arc<PageStore>, heads: Vec<HeadIndex>, tokens: usize) -> Self {
+    fn from_parts(store: Arc<PageStore>, heads: Vec<HeadIndex>, tokens: usize, removals: bool) -> Self {
         let means = heads.iter().map(|_| None).collect();
-        let writer = Writer { owner: Arc::default(), means, counters: Counters::default() };
+        let writer = Writer { owner: Arc::default(), means, counters: Counters::default(), removals };
         Self { store, heads, tokens: AtomicUsize::new(tokens), writer: Mutex::new(writer) }
     }
 
@@ -114,9 +116,9 @@ impl Forest {
     /// neither sees tokens that the other adds. Blocking: waits for a writer.
     #[must_use]
     pub fn fork(&self) -> Self {
-        let _writer = self.lock_writer();
+        let writer = self.lock_writer();
         let heads = self.heads.iter().map(HeadIndex::fork).collect();
-        Self::from_parts(Arc::clone(&self.store), heads, self.len())
+        Self::from_parts(Arc::clone(&self.store), heads, self.len(), writer.removals)
     }
 
     /// Keeps the first `n` tokens; afterwards the forest equals one built from them. Blocking: waits for a writer.
@@ -141,6 +143,7 @@ impl Forest {
             head.publish(HeadIndex::crop(view, n, lease, &writer.owner));
         }
         writer.means.fill(None);
+        writer.removals &= n > 0;
         // Release: pairs with the Acquire in `len`.
         self.tokens.store(n, Ordering::Release);
         Ok(())
@@ -166,6 +169,7 @@ impl Forest {
             }
         }
         writer.means.fill(None);
+        writer.removals |= removed > 0;
         Ok(removed)
     }
 

@@ -16,7 +16,7 @@ use crate::sync::Arc;
 pub(crate) const SUPER_SEGMENTS: usize = BLOCK / SEGMENT_GROUPS;
 
 /// Mean and variance of one group, quantised.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct GroupSummary {
     mean: (f32, Vec<i8>),
     variance: (f32, Vec<i8>),
@@ -48,7 +48,7 @@ impl GroupSummary {
 }
 
 /// One quantity of 16 groups in the layout of the scan kernel.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Lanes {
     /// `[pairs, 16, 2]`.
     pub(crate) levels: Box<[i8]>,
@@ -69,7 +69,7 @@ impl Lanes {
 }
 
 /// The groups of four consecutive segments.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct SuperBlock {
     pub(crate) means: Lanes,
     pub(crate) variances: Lanes,
@@ -109,6 +109,12 @@ pub(crate) struct Segments {
 impl Segments {
     pub(crate) fn supers(&self) -> &[Arc<SuperBlock>] {
         &self.supers
+    }
+
+    /// Whether there is a super-block for every four segments, and each is what its segments give.
+    pub(crate) fn has_current_supers(&self) -> bool {
+        let fresh = self.entries.chunks_exact(SUPER_SEGMENTS).map(SuperBlock::new);
+        self.supers.iter().map(|block| &**block).eq(fresh.collect::<Vec<_>>().iter())
     }
 
     /// These segments and more.

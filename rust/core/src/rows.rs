@@ -7,20 +7,25 @@ use crate::layout::Dtype;
 
 /// Decodes little-endian elements.
 pub(crate) fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    decode_with(dtype, bytes, out, |x, element| *x = element);
+}
+
+/// Calls `f(&mut out[i], element i)`.
+pub(crate) fn decode_with(dtype: Dtype, bytes: &[u8], out: &mut [f32], f: impl Fn(&mut f32, f32)) {
     match dtype {
         Dtype::F32 => {
             for (x, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *x = f32::from_le_bytes(*b);
+                f(x, f32::from_le_bytes(*b));
             }
         }
         Dtype::F16 => {
             for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *x = f16::from_le_bytes(*b).to_f32();
+                f(x, f16::from_le_bytes(*b).to_f32());
             }
         }
         Dtype::Bf16 => {
             for (x, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *x = bf16::from_le_bytes(*b).to_f32();
+                f(x, bf16::from_le_bytes(*b).to_f32());
             }
         }
     }

@@ -76,6 +76,19 @@ impl Segment {
         self.pages.layout()
     }
 
+    /// Whether summaries computed again from the rows are the stored ones, bit for bit.
+    pub(crate) fn has_current_summaries(&self) -> bool {
+        let layout = self.layout();
+        let mut keys = vec![0.0; self.n_tokens() * layout.key_dim];
+        for (page, out) in keys.chunks_mut(PAGE_TOKENS * layout.key_dim).enumerate() {
+            decode(layout.dtype, self.pages.keys(page), out);
+        }
+        let slots: Vec<u16> = (0..self.n_tokens() as u16).collect();
+        let packing: Vec<Vec<u16>> = slots.chunks(PAGE_TOKENS).map(<[u16]>::to_vec).collect();
+        self.summaries == Summaries::build(&keys, layout.key_dim, &packing)
+            && self.groups == GroupSummary::of_segment(&keys, layout.key_dim, &packing)
+    }
+
     /// Bytes beside the pages.
     pub(crate) fn heap_bytes(&self) -> usize {
         let groups: usize = self.groups.iter().map(GroupSummary::heap_bytes).sum();
@@ -97,7 +110,7 @@ fn group_pages(mut packing: Vec<Vec<u16>>, keys: &[f32], dim: usize) -> Vec<Vec<
 }
 
 /// Quantised means of pages, 16 pages a block.
-#[derive(Debug)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Summaries {
     /// `[blocks, pairs, 16, 2]`.
     means: Box<[i8]>,

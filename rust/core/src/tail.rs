@@ -7,15 +7,14 @@ use crate::layout::{Dtype, PageLayout};
 use crate::math::{dots, rank_index, rank_key};
 use crate::pack::pack;
 use crate::page::{OpenPage, Owner, Row};
-use crate::rows::decode;
-use crate::segment::mean_of;
+use crate::rows::{decode, decode_with};
 use crate::simd::Dots;
 use crate::snapshot::TailEntry;
 use crate::split::split;
 use crate::sync::Arc;
 
 /// Means of the open pages, kept by the writer between calls.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct TailMeans {
     /// `[pages, dim]`.
     means: Vec<f32>,
@@ -24,6 +23,39 @@ pub(crate) struct TailMeans {
 }
 
 impl TailMeans {
+    /// Means of the rows below `limit` of some pages.
+    pub(crate) fn of(entries: &[TailEntry], limit: u32, layout: PageLayout) -> Self {
+        let mut means = Self::default();
+        entries.iter().enumerate().for_each(|(page, entry)| means.set(page, entry, limit, layout));
+        means
+    }
+
+    /// Computes the mean of a page again, or of one more, from its rows in slot order: equal to what a fresh start
+    /// computes.
+    fn set(&mut self, page: usize, entry: &TailEntry, limit: u32, layout: PageLayout) {
+        let dim = layout.key_dim;
+        if page == self.half_squares.len() {
+            self.half_squares.push(0.0);
+            self.means.resize((page + 1) * dim, 0.0);
+        }
+        let mean = &mut self.means[page * dim..][..dim];
+        mean.fill(0.0);
+        let live = entry.mask(limit);
+        // Divided first, as in `mean_of`: the sum cannot overflow.
+        let share = 1.0 / live.count_ones() as f32;
+        let keys = entry.page.keys(entry.visible(limit));
+        for (slot, key) in keys.chunks_exact(layout.key_bytes()).enumerate() {
+            if live >> slot & 1 == 1 {
+                decode_with(layout.dtype, key, mean, |m, x| *m += x * share);
+            }
+        }
+        self.half_squares[page] = mean.iter().map(|m| m * m).sum::<f32>() / 2.0;
+    }
+
+    fn row(&self, page: usize, dim: usize) -> &[f32] {
+        &self.means[page * dim..][..dim]
+    }
+
     pub(crate) fn heap_bytes(&self) -> usize {
         4 * (self.means.capacity() + self.half_squares.capacity())
     }
@@ -67,6 +99,9 @@ pub(crate) struct Inserter<'a> {
     spare: Lease,
     /// Tokens of the tail in place so far.
     limit: u32,
+    /// The key being inserted, and its products with the means.
+    key: Vec<f32>,
+    products: Vec<f32>,
 }
 
 impl<'a> Inserter<'a> {
@@ -79,27 +114,20 @@ impl<'a> Inserter<'a> {
         spare: Lease,
     ) -> Self {
         let layout = spare.store().layout();
-        let means_known = means.is_some();
-        let means = means.unwrap_or_default();
-        let mut inserter = Self { entries, means, changed: false, splits: 0, owner, layout, spare, limit };
-        if !means_known {
-            for page in 0..inserter.entries.len() {
-                inserter.refresh(page);
-            }
-        }
-        inserter
+        let means = means.unwrap_or_else(|| TailMeans::of(&entries, limit, layout));
+        let key = vec![0.0; layout.key_dim];
+        Self { entries, means, changed: false, splits: 0, owner, layout, spare, limit, key, products: Vec::new() }
     }
 
     /// Adds the next token: routes it to the page with the nearest mean, splitting or copying that page if need be.
     pub(crate) fn insert(&mut self, row: Row<'_>) {
-        let mut key = vec![0.0; self.layout.key_dim];
-        decode(self.layout.dtype, row.key, &mut key);
-        let mut page = self.nearest(&key, 0..self.entries.len()).unwrap_or_else(|| self.add_page(&[]));
+        decode(self.layout.dtype, row.key, &mut self.key);
+        let mut page = self.nearest().unwrap_or_else(|| self.add_page(&[]));
         let entry = &self.entries[page];
         let slots = entry.visible(self.limit);
         if entry.mask(self.limit).count_ones() as usize == PAGE_TOKENS {
             let other = self.split(page);
-            page = self.nearest(&key, [page, other].into_iter()).unwrap_or(page);
+            page = [page, other].into_iter().max_by_key(|&page| self.rank(page, self.product(page))).unwrap_or(page);
         } else if slots == PAGE_TOKENS || !entry.page.is_owned_by(self.owner) {
             // A page of our parent (after a fork), or one with removed slots only to gain: continue in a copy.
             let old = self.entries[page].clone();
@@ -112,14 +140,29 @@ impl<'a> Inserter<'a> {
         self.refresh(page);
     }
 
-    fn nearest(&self, key: &[f32], among: impl Iterator<Item = usize>) -> Option<usize> {
-        let dim = self.layout.key_dim;
-        let mut products = vec![0.0; self.entries.len()];
+    /// The page with the mean nearest to the key.
+    fn nearest(&mut self) -> Option<usize> {
+        let n_pages = self.entries.len();
+        self.products.clear();
+        self.products.resize(n_pages, 0.0);
         let rows = bytemuck::cast_slice(&self.means.means);
-        dots(Dots { dtype: Dtype::F32, rows, dim, queries: key }, products.len(), &mut products);
-        // |key - mean|^2 is smallest where key.mean - |mean|^2 / 2 is largest.
-        let rank = |page: usize| rank_key(products[page] - self.means.half_squares[page], page as u32);
-        among.map(rank).max().map(|key| rank_index(key) as usize)
+        let input = Dots { dtype: Dtype::F32, rows, dim: self.layout.key_dim, queries: &self.key };
+        dots(input, n_pages, &mut self.products);
+        let ranks = self.products.iter().enumerate().map(|(page, product)| self.rank(page, *product));
+        ranks.max().map(|key| rank_index(key) as usize)
+    }
+
+    /// Inner product of the key with one mean: the same bits as in a product with all.
+    fn product(&self, page: usize) -> f32 {
+        let rows = bytemuck::cast_slice(self.means.row(page, self.layout.key_dim));
+        let mut product = [0.0];
+        dots(Dots { dtype: Dtype::F32, rows, dim: self.layout.key_dim, queries: &self.key }, 1, &mut product);
+        product[0]
+    }
+
+    /// |key - mean|^2 is smallest where key.mean - |mean|^2 / 2 is largest.
+    fn rank(&self, page: usize, product: f32) -> u64 {
+        rank_key(product - self.means.half_squares[page], page as u32)
     }
 
     fn open(&mut self, rows: &[(u32, Row<'_>)]) -> TailEntry {
@@ -155,23 +198,8 @@ impl<'a> Inserter<'a> {
         self.add_page(&second)
     }
 
-    /// Computes the mean of a page again, from its rows in slot order: equal to what a fresh start computes.
     fn refresh(&mut self, page: usize) {
-        let dim = self.layout.key_dim;
-        let rows = live_rows(&self.entries[page], self.limit);
-        let mut keys = vec![0.0; rows.len() * dim];
-        for ((_, row), key) in rows.iter().zip(keys.chunks_exact_mut(dim)) {
-            decode(self.layout.dtype, row.key, key);
-        }
-        let mean = if rows.is_empty() { vec![0.0; dim] } else { mean_of(keys.chunks_exact(dim), dim) };
-        let half_square = mean.iter().map(|m| m * m).sum::<f32>() / 2.0;
-        if page == self.means.half_squares.len() {
-            self.means.means.extend_from_slice(&mean);
-            self.means.half_squares.push(half_square);
-        } else {
-            self.means.means[page * dim..][..dim].copy_from_slice(&mean);
-            self.means.half_squares[page] = half_square;
-        }
+        self.means.set(page, &self.entries[page], self.limit, self.layout);
     }
 }
 

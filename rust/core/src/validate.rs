@@ -9,6 +9,7 @@ use crate::forest::Forest;
 use crate::rows::{decode, is_finite};
 use crate::segment::mean_of;
 use crate::snapshot::{PageView, SegmentEntry, View, full_mask};
+use crate::tail::TailMeans;
 
 /// Fails with the text unless the condition holds.
 fn ensure(holds: bool, text: impl FnOnce() -> String) -> Result<()> {
@@ -21,7 +22,7 @@ impl Forest {
     /// # Errors
     /// [`Error::Invariant`] naming the first broken one.
     pub fn validate(&self) -> Result<()> {
-        let _writer = self.lock_writer();
+        let writer = self.lock_writer();
         let mut pages = HashSet::new();
         for (h, head) in self.heads().iter().enumerate() {
             let view = head.view();
@@ -30,20 +31,25 @@ impl Forest {
                 ensure(pages.insert(page.page.id), || format!("page {:?} is used twice", page.page))?;
                 ensure(self.store().is_current(page.page), || format!("page {:?} was freed", page.page))?;
             }
-            validate_tree(&view).map_err(|error| Error::Invariant(format!("head {h}: {error}")))?;
+            let named = |error| Error::Invariant(format!("head {h}: {error}"));
+            validate_tree(&view, writer.removals).map_err(named)?;
+            if let Some(means) = &writer.means[h] {
+                let fresh = TailMeans::of(&view.snapshot().tail, view.tail_limit(), self.store().layout());
+                ensure(*means == fresh, || {
+                    format!("head {h}: the means of the tail's pages are not those of its rows")
+                })?;
+            }
         }
         Ok(())
     }
 }
 
-fn validate_tree(view: &View) -> Result<()> {
+/// Without `removals` every token below the length must be there.
+fn validate_tree(view: &View, removals: bool) -> Result<()> {
     let n_segments = view.snapshot().segments.len();
     ensure(n_segments == view.tokens() / SEGMENT_TOKENS, || {
         format!("{n_segments} segments for {} tokens", view.tokens())
     })?;
-    let removed =
-        view.snapshot().segments.iter().any(|entry| entry.live.is_some() || entry.segment.n_tokens() < SEGMENT_TOKENS)
-            || view.snapshot().tail.iter().any(|entry| entry.dead != 0);
     let mut seen = HashSet::new();
     for (ordinal, page) in view.ordered_pages() {
         validate_page(view, ordinal, &page)?;
@@ -53,11 +59,11 @@ fn validate_tree(view: &View) -> Result<()> {
         }
     }
     ensure(seen.iter().all(|&position| position < view.tokens()), || "a page holds an unpublished token".to_owned())?;
-    // Removed tokens leave no trace once their page is packed again, so a count is exact only without removals.
-    let tail_tokens = seen.iter().filter(|&&position| position >= view.snapshot().tail_start()).count();
-    let complete = seen.len() == view.tokens() || removed || tail_tokens < view.tail_limit() as usize;
-    ensure(complete, || format!("{} of {} tokens are in pages", seen.len(), view.tokens()))?;
-    view.snapshot().segments.iter().try_for_each(validate_segment)
+    ensure(removals || seen.len() == view.tokens(), || {
+        format!("{} of {} tokens are in pages", seen.len(), view.tokens())
+    })?;
+    view.snapshot().segments.iter().try_for_each(validate_segment)?;
+    ensure(view.snapshot().segments.has_current_supers(), || "super-groups differ from their segments".to_owned())
 }
 
 fn validate_page(view: &View, ordinal: usize, page: &PageView<'_>) -> Result<()> {
@@ -92,7 +98,76 @@ fn validate_segment(entry: &SegmentEntry) -> Result<()> {
         };
         ensure(mean.iter().enumerate().all(close), || format!("page {page} has a wrong mean"))?;
     }
+    ensure(segment.has_current_summaries(), || "summaries of a segment differ from its rows".to_owned())?;
     let empty = segment.n_pages()..segment.summaries.scales.len();
     let lanes = empty.clone().all(|lane| entry.ln_counts()[lane] == f32::NEG_INFINITY);
     ensure(lanes, || format!("lanes {empty:?} have a count but no page"))
+}
+
+#[cfg(test)]
+mod tests {
+    use rayon::ThreadPoolBuilder;
+
+    use crate::snapshot::Snapshot;
+    use crate::sync::Arc;
+    use crate::tail::TailMeans;
+    use crate::{Dtype, ExtendRow, Forest, PageLayout, PageStore, StoreOptions, extend};
+
+    /// A valid forest of five segments and a tail of 40 tokens that grew by inserts.
+    fn forest() -> Forest {
+        let layout = PageLayout::new(Dtype::F32, 2, 0).unwrap();
+        let forest = Forest::new(PageStore::new(layout, StoreOptions::default()).unwrap(), 1).unwrap();
+        let pool = ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let key = |i: usize| [(i * 7919 % 1009) as f32, (i * 104_729 % 997) as f32];
+        for tokens in [0..5130, 5130..5160] {
+            let keys: Vec<u8> = tokens.flat_map(key).flat_map(f32::to_le_bytes).collect();
+            extend(&pool, &[ExtendRow { forest: &forest, keys: &keys, values: &[] }]).unwrap();
+        }
+        forest.validate().unwrap();
+        forest
+    }
+
+    fn finding(forest: &Forest) -> String {
+        forest.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_token_that_no_page_holds_is_found() {
+        let forest = forest();
+        let view = forest.heads()[0].view();
+        let mut tail = view.snapshot().tail.clone();
+        tail.pop();
+        forest.heads()[0].publish(Snapshot::new(Arc::clone(&view.snapshot().segments), tail, view.tokens()));
+        assert!(finding(&forest).contains("of 5160 tokens are in pages"), "{}", finding(&forest));
+    }
+
+    #[test]
+    fn a_removed_token_is_not_missed_and_a_fork_remembers_that() {
+        let forest = forest();
+        forest.remove(&[3, 5140]).unwrap();
+        let fork = forest.fork();
+        fork.crop(5150).unwrap();
+        assert_eq!([forest.validate(), fork.validate()], [Ok(()), Ok(())]);
+    }
+
+    #[test]
+    fn means_of_the_tail_that_lag_behind_its_rows_are_found() {
+        let forest = forest();
+        let view = forest.heads()[0].view();
+        let stale = TailMeans::of(&view.snapshot().tail, view.tail_limit() - 1, forest.store().layout());
+        forest.lock_writer().means[0] = Some(stale);
+        assert!(finding(&forest).contains("means of the tail's pages"), "{}", finding(&forest));
+    }
+
+    #[test]
+    fn super_groups_of_other_segments_are_found() {
+        let forest = forest();
+        let view = forest.heads()[0].view();
+        let mut entries = view.snapshot().segments.to_vec();
+        entries.swap(0, 4);
+        let segments = Arc::new(view.snapshot().segments.with_entries(entries));
+        let tail = view.snapshot().tail.clone();
+        forest.heads()[0].publish(Snapshot::new(segments, tail, view.tokens()));
+        assert!(finding(&forest).contains("super-groups differ"), "{}", finding(&forest));
+    }
 }
