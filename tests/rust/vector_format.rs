@@ -147,3 +147,17 @@ fn hostile_offsets_are_refused() {
         assert!(problem.contains("outside") || problem.contains("zero"), "{problem}");
     }
 }
+
+#[test]
+fn rows_that_grew_longer_by_centring_and_rounding_are_loaded_again() {
+    for dtype in [Dtype::F32, Dtype::Bf16] {
+        for metric in [Metric::InnerProduct, Metric::SquaredL2] {
+            let index = VectorIndex::new(VectorConfig { dim: 1, metric, dtype, center: true, seed: 0 }).unwrap();
+            // The mean is near one end: rows at the other end become almost twice as long as a vector may be.
+            let rows: Vec<f32> = (0..1100).map(|i| if i % 20 == 0 { 1e18 } else { -1e18 }).collect();
+            index.add(&pool(1), None, &rows, OnConflict::Error).unwrap();
+            let loaded = VectorIndex::from_bytes(&pool(1), &index.to_bytes()).unwrap();
+            assert_eq!(loaded.get(&[0, 1]).unwrap(), index.get(&[0, 1]).unwrap(), "{dtype:?} {metric:?}");
+        }
+    }
+}

@@ -114,13 +114,22 @@ pub(super) fn norm(row: &[f32]) -> f64 {
 
 /// Refuse the first row with a NaN, an infinity, or a norm whose products would overflow.
 pub(super) fn check_rows(argument: &'static str, rows: &[f32], dim: usize) -> Result<()> {
+    check_norms(argument, rows, dim, MAX_NORM)
+}
+
+/// The same for rows as they are stored: less a mean that is as long as they may be, and rounded.
+pub(super) fn check_stored_rows(argument: &'static str, rows: &[f32], dim: usize) -> Result<()> {
+    check_norms(argument, rows, dim, 2.05 * MAX_NORM)
+}
+
+fn check_norms(argument: &'static str, rows: &[f32], dim: usize, limit: f64) -> Result<()> {
     for (row, values) in rows.chunks_exact(dim).enumerate() {
         let square = dot(values, values);
         // A sum of squares is NaN or infinite exactly if a value is: f64 holds any sum of squared f32.
         if !square.is_finite() {
             return Err(VectorError::Row { argument, row, problem: "holds a NaN or an infinity" });
         }
-        if square.sqrt() > MAX_NORM {
+        if square.sqrt() > limit {
             return Err(VectorError::Row { argument, row, problem: "has a norm above 1e18" });
         }
     }

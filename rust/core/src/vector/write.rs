@@ -12,7 +12,7 @@ use rayon::ThreadPool;
 use super::error::{Result, VectorError};
 use super::format;
 use super::index::{OnConflict, VectorConfig, VectorIndex, Writer};
-use super::metric::{Metric, check_rows, dot};
+use super::metric::{Metric, check_rows, check_stored_rows, dot};
 use super::order::{REGION, region_order};
 use super::state::{Block, State};
 use crate::config::SEGMENT_TOKENS;
@@ -116,7 +116,7 @@ impl VectorIndex {
         let mut rows = vec![0.0; content.ids.len() * config.dim];
         crate::rows::decode(config.dtype, &content.keys, &mut rows);
         for values in [&rows, &content.mean] {
-            check_rows("file", values, config.dim).map_err(|error| VectorError::format(error.to_string()))?;
+            check_stored_rows("file", values, config.dim).map_err(|error| VectorError::format(error.to_string()))?;
         }
         let index = Self::new(config)?;
         {
