@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::head::HeadIndex;
 use crate::page::Owner;
 use crate::snapshot::View;
-use crate::sync::{Arc, AtomicUsize, Mutex, MutexGuard, Ordering, lock};
+use crate::sync::{Arc, AtomicUsize, Mutex, MutexGuard, Ordering};
 use crate::tail::TailMeans;
 
 /// What happened to a forest so far, summed over its heads.
@@ -109,7 +109,16 @@ impl Forest {
     }
 
     pub(crate) fn lock_writer(&self) -> MutexGuard<'_, Writer> {
-        lock(&self.writer)
+        self.writer.lock().unwrap_or_else(|poisoned| {
+            // A writer panicked and may have left rows in open pages that it never published. As after a fork, those
+            // slots are hidden for good, and a page is copied before anything is appended to it.
+            let mut writer = poisoned.into_inner();
+            writer.owner = Arc::default();
+            writer.means.fill(None);
+            self.heads.iter().for_each(|head| head.publish(head.frozen()));
+            self.writer.clear_poison();
+            writer
+        })
     }
 
     /// A sequence that shares all pages with this one. Tail pages are copied when the fork first appends to them, so
@@ -231,4 +240,38 @@ impl Forest {
 
 pub(crate) fn check_length(argument: &'static str, expected: usize, received: usize) -> Result<()> {
     if expected == received { Ok(()) } else { Err(Error::Length { argument, expected, received }) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use rayon::ThreadPoolBuilder;
+
+    use crate::page::Row;
+    use crate::{Dtype, ExtendRow, Forest, PageLayout, PageStore, StoreOptions, extend};
+
+    #[test]
+    fn rows_that_a_panicking_writer_left_behind_never_appear() {
+        let layout = PageLayout::new(Dtype::F32, 1, 0).unwrap();
+        let forest = Forest::new(PageStore::new(layout, StoreOptions::default()).unwrap(), 1).unwrap();
+        let pool = ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+        let add = |keys: std::ops::Range<u16>| {
+            let keys: Vec<u8> = keys.flat_map(|key| f32::from(key).to_le_bytes()).collect();
+            extend(&pool, &[ExtendRow { forest: &forest, keys: &keys, values: &[] }]).unwrap();
+        };
+        add(0..5);
+        let interrupted = catch_unwind(AssertUnwindSafe(|| {
+            let _writer = forest.lock_writer();
+            let page = &forest.heads()[0].view().snapshot().tail[0].page.clone();
+            page.push(5, Row { key: &99.0_f32.to_le_bytes(), value: &[] });
+            panic!("half-way");
+        }));
+        assert!(interrupted.is_err());
+        add(5..9);
+        forest.validate().unwrap();
+        let mut keys = [0; 9 * 4];
+        forest.read(0, 9, &mut keys, &mut []).unwrap();
+        assert_eq!(bytemuck::cast_slice::<u8, f32>(&keys), [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
+    }
 }

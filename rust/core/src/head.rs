@@ -40,13 +40,17 @@ impl HeadIndex {
 
     /// A tree that shares all pages; neither sees what the other does from now on.
     pub(crate) fn fork(&self) -> Self {
+        Self { store: Arc::clone(&self.store), snapshot: ArcSwap::from_pointee(self.frozen()) }
+    }
+
+    /// What a reader sees now, with every slot beyond it hidden for good.
+    pub(crate) fn frozen(&self) -> Snapshot {
         let view = self.view();
         let limit = view.tail_limit();
         let freeze = |entry: &TailEntry| TailEntry { frozen: entry.visible(limit) as u8, ..entry.clone() };
         let snapshot = view.snapshot();
         let tail = snapshot.tail.iter().map(freeze).collect();
-        let snapshot = Snapshot::new(Arc::clone(&snapshot.segments), tail, view.tokens());
-        Self { store: Arc::clone(&self.store), snapshot: ArcSwap::from_pointee(snapshot) }
+        Snapshot::new(Arc::clone(&snapshot.segments), tail, view.tokens())
     }
 
     /// Pages that `crop(n)` needs.
