@@ -1,8 +1,6 @@
 //! One forest, one thread, ordinary data.
 
-use icecache_core::{
-    Metric, SearchOptions, TokenOptions, all_pages, brute_pages, brute_tokens, search, search_tokens, select_pages,
-};
+use icecache_core::{SearchOptions, all_pages, brute_pages, search, select_pages};
 
 use crate::support::{add, bytes, forest, noise, pool};
 
@@ -78,22 +76,6 @@ fn a_fork_does_not_see_what_its_parent_adds() {
     assert!(parent_bytes > 0);
     drop((parent, child));
     assert_eq!(store.used_bytes(), 0);
-}
-
-#[test]
-fn an_exact_token_search_equals_brute_force() {
-    let (pool, forest) = (pool(1), forest(1, 12));
-    add(&pool, &forest, &noise(1100 * 12, 9));
-    forest.remove(&[3, 4, 1050]).unwrap();
-    let query = noise(12, 10);
-    for metric in [Metric::InnerProduct, Metric::L2] {
-        let options = TokenOptions { k: 20, beam: 4, exact: true, metric };
-        let hits = search_tokens(&pool, &forest.heads()[0], &query, &options).unwrap();
-        let truth = brute_tokens(&forest.heads()[0].view(), &query, 20, metric);
-        let tokens: Vec<i64> = truth.iter().map(|(token, _)| *token as i64).collect();
-        assert_eq!(hits.tokens, tokens);
-        assert!(tokens.iter().all(|t| ![3, 4, 1050].contains(t)));
-    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Random operations on forests against lists of keys and brute force.
 
-use icecache_core::{Forest, Metric, SearchOptions, TokenOptions, brute_pages, brute_tokens, search_tokens};
+use icecache_core::{Forest, SearchOptions, brute_pages};
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 use rayon::ThreadPool;
@@ -19,7 +19,6 @@ enum Step {
     Remove { which: usize, n: usize, seed: u64 },
     Read { which: usize, start: usize, n: usize },
     Search { which: usize, k: usize, exact: bool, seed: u64 },
-    Tokens { which: usize, k: usize, seed: u64 },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -32,9 +31,8 @@ fn step() -> impl Strategy<Value = Step> {
         1 => which.clone().prop_map(|which| Step::Drop { which }),
         2 => (which.clone(), 1..60_usize, any::<u64>()).prop_map(|(which, n, seed)| Step::Remove { which, n, seed }),
         2 => (which.clone(), any::<usize>(), 0..300_usize).prop_map(|(which, start, n)| Step::Read { which, start, n }),
-        3 => (which.clone(), 0..80_usize, any::<bool>(), any::<u64>())
+        3 => (which, 0..80_usize, any::<bool>(), any::<u64>())
             .prop_map(|(which, k, exact, seed)| Step::Search { which, k, exact, seed }),
-        1 => (which, 0..40_usize, any::<u64>()).prop_map(|(which, k, seed)| Step::Tokens { which, k, seed }),
     ]
 }
 
@@ -82,24 +80,6 @@ impl Pair {
                 let error = (f64::from(*score) - best[place]).abs();
                 assert!(error < 1e-3 + rounding, "place {place}: {score} and {}", best[place]);
             }
-        }
-    }
-
-    fn check_tokens(&self, pool: &ThreadPool, k: usize, seed: u64) {
-        let query = noise(DIM, seed);
-        let head = &self.forest.heads()[0];
-        let options = TokenOptions { k, beam: 3, exact: true, metric: Metric::InnerProduct };
-        let hits = search_tokens(pool, head, &query, &options).unwrap();
-        let truth = brute_tokens(&head.view(), &query, k, Metric::InnerProduct);
-        assert_eq!(hits.tokens.iter().filter(|token| **token >= 0).count(), truth.len(), "tokens found");
-        for ((token, distance), (_, true_distance)) in hits.tokens.iter().zip(&hits.distances).zip(&truth) {
-            assert!(self.model[*token as usize].is_some(), "no removed token is returned");
-            let size = f64::from(f32::MAX).min(true_distance.abs() + 1.0);
-            let clamped = true_distance.clamp(f64::from(f32::MIN), f64::from(f32::MAX));
-            // Keys of any size may cancel: the bound is relative to the largest product.
-            let largest = self.model.iter().flatten().flatten().fold(0.0_f64, |m, x| m.max(f64::from(x.abs())));
-            let error = (f64::from(*distance) - clamped).abs();
-            assert!(error <= 1e-5 * size.max(largest * 6.0), "distance {distance} and {true_distance}");
         }
     }
 }
@@ -151,7 +131,6 @@ fn run(steps: &[Step]) {
                 pair.check_read(start, n.min(pair.model.len() - start));
             }
             Step::Search { which, k, exact, seed } => pairs[which % n_pairs].check_search(&pool, k, exact, seed),
-            Step::Tokens { which, k, seed } => pairs[which % n_pairs].check_tokens(&pool, k, seed),
         }
         for pair in &pairs {
             pair.forest.validate().unwrap();

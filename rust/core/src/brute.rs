@@ -4,7 +4,6 @@
 use crate::config::SearchOptions;
 use crate::math::dot_f64;
 use crate::snapshot::View;
-use crate::tokens::Metric;
 
 /// Share of the softmax mass of every page, averaged over the group of `[group, key_dim]` queries: one entry per page
 /// of `view.pages()`, in that order.
@@ -33,28 +32,4 @@ pub fn brute_pages(view: &View, queries: &[f32], options: &SearchOptions) -> Vec
 fn logit(dot: f64, options: &SearchOptions) -> f64 {
     let x = dot * f64::from(options.scaling);
     options.softcap.map_or(x, |cap| f64::from(cap) * (x / f64::from(cap)).tanh())
-}
-
-/// The `k` closest live tokens of a query with their distances, closest first, ties to the lower token.
-#[must_use]
-pub fn brute_tokens(view: &View, query: &[f32], k: usize, metric: Metric) -> Vec<(usize, f64)> {
-    let Some(layout) = view.layout() else { return Vec::new() };
-    let square = |x: &[f32]| x.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>();
-    let mut found = Vec::new();
-    let mut key = vec![0.0; layout.key_dim];
-    for page in view.pages() {
-        for slot in page.slots() {
-            let row = page.row(slot).key;
-            let product = dot_f64(layout.dtype, row, query);
-            crate::rows::decode(layout.dtype, row, &mut key);
-            let distance = match metric {
-                Metric::InnerProduct => -product,
-                Metric::L2 => square(query) - 2.0 * product + square(&key),
-            };
-            found.push((page.position(slot), distance));
-        }
-    }
-    found.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
-    found.truncate(k);
-    found
 }

@@ -37,12 +37,11 @@ mod snapshot;
 mod split;
 mod sync;
 mod tail;
-mod tokens;
 mod validate;
 pub mod vector;
 
 pub use arena::{HeapSlabs, PageStore, SlabAllocator, StoreOptions};
-pub use brute::{brute_pages, brute_tokens};
+pub use brute::brute_pages;
 pub use config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, SearchOptions};
 pub use error::{Error, Result};
 pub use extend::{ExtendRow, extend};
@@ -54,4 +53,3 @@ pub use search::search;
 pub use selection::{Selection, all_pages, select_pages};
 pub use simd::instruction_set;
 pub use snapshot::{PageView, View};
-pub use tokens::{Metric, TokenHits, TokenOptions, search_tokens};

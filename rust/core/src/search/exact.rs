@@ -31,7 +31,7 @@ impl PageScorer<'_> {
 }
 
 /// Dot products of the live slots, packed first in `out[g * 16 ..]`; returns how many there are.
-pub(crate) fn live_dots(layout: PageLayout, page: &PageView<'_>, queries: &[f32], out: &mut [f32]) -> usize {
+fn live_dots(layout: PageLayout, page: &PageView<'_>, queries: &[f32], out: &mut [f32]) -> usize {
     let input = Dots { dtype: layout.dtype, rows: page.keys, dim: layout.key_dim, queries };
     dots(input, PAGE_TOKENS, out);
     let slots = page.keys.len() / layout.key_bytes();

@@ -25,10 +25,11 @@ use crate::snapshot::View;
 
 #[cfg(feature = "bench")]
 pub(crate) use exact::PageScorer;
-pub(crate) use exact::live_dots;
 pub(crate) use head::{HeadOut, Scratch, search_head};
+#[cfg(feature = "bench")]
 pub(crate) use quantised::QuantisedQueries;
 pub(crate) use rank::top_keys;
+#[cfg(feature = "bench")]
 pub(crate) use scan::Scan;
 
 /// Searches every KV head of every forest with its group of queries, `[rows, heads, group, key_dim]`.
