@@ -102,3 +102,52 @@ fn log_sum_exps_and_softcap_follow_the_definition() {
         }
     }
 }
+
+#[test]
+fn pages_that_were_not_scored_count_in_the_log_sum_exp_of_all() {
+    let (pool, forest) = (pool(1), forest(1, 8));
+    let keys = [0.5; 2048 * 8];
+    add(&pool, &forest, &keys);
+    let options = SearchOptions { candidates: Some(3), ..SearchOptions::new(3, 0.25) };
+    let selection = search(&pool, &[&forest], &[0.75; 8], 1, &options).unwrap();
+    let logit = 8.0 * 0.5 * 0.75 * 0.25;
+    // Equal keys: the estimate errs by the rounding of the int8 mean only.
+    for (lse, n) in selection.lse().iter().zip([2048.0_f32, 48.0]) {
+        assert!((lse - logit - n.ln()).abs() < 0.02, "{lse} for {n} keys");
+    }
+}
+
+/// Positions of the tokens that share a page with `token`.
+fn page_mates(forest: &icecache_core::Forest, token: usize) -> Vec<usize> {
+    let view = forest.heads()[0].view();
+    let positions =
+        |page: icecache_core::PageView<'_>| page.slots().map(|slot| page.position(slot)).collect::<Vec<_>>();
+    view.pages().map(positions).find(|page| page.contains(&token)).unwrap()
+}
+
+#[test]
+fn a_new_token_joins_the_page_with_the_nearest_mean_not_the_one_with_the_largest_product() {
+    let (pool, forest) = (pool(1), forest(1, 2));
+    let keys: Vec<f32> = noise(64, 13)
+        .into_iter()
+        .enumerate()
+        .map(|(i, x)| 0.1 * x + [10.0, 0.0, 1.0, 1.0][i / 32 * 2 + i % 2])
+        .collect();
+    add(&pool, &forest, &keys);
+    add(&pool, &forest, &[1.1, 0.9]);
+    let mates = page_mates(&forest, 32);
+    assert!(mates.iter().all(|token| (16..=32).contains(token)), "{mates:?}");
+    assert!(mates.len() > 1, "{mates:?}");
+}
+
+#[test]
+fn a_full_page_splits_between_its_two_clusters() {
+    let (pool, forest) = (pool(1), forest(1, 2));
+    let keys: Vec<f32> =
+        noise(32, 14).into_iter().enumerate().map(|(i, x)| 0.1 * x + [4.0, 3.0, 3.0, 4.0][i % 4]).collect();
+    add(&pool, &forest, &keys);
+    assert_eq!(forest.n_pages(), [1]);
+    add(&pool, &forest, &[4.0, 3.0]);
+    let mates = page_mates(&forest, 16);
+    assert_eq!(mates, [0, 2, 4, 6, 8, 10, 12, 14, 16]);
+}

@@ -198,6 +198,10 @@ fn a_search_with_super_groups_loses_little_and_visits_few_pages() {
     assert_eq!(all, (n / 16) as i64);
     assert!(visited < all * 3 / 4, "visited {visited} of {all}");
     assert!(probed > flat - 0.02, "mass {probed}, flat {flat}");
+    // Without a preference every group holds its share, for each head of the group.
+    let options = SearchOptions::new(16, 0.4);
+    let visited = find(&pool, &forest, &vec![0.0; 4 * dim], &options).visited()[0];
+    assert!(visited >= all * 9 / 10, "visited {visited} of {all}");
 }
 
 #[test]

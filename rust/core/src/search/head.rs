@@ -32,7 +32,7 @@ pub(crate) struct Scratch {
     queries: QuantisedQueries,
     scan: Scan,
     probe: Probe,
-    /// `[group, columns]`: logits of the scanned lanes, of the tail and of the groups left out; later their masses.
+    /// `[group, columns]`: logits of the scanned lanes and of the groups left out; later their masses.
     logits: Vec<f32>,
     /// Logits of one head's scanned lanes, raised for the ranking; later their masses.
     ranking: Vec<f32>,
@@ -49,7 +49,7 @@ pub(crate) struct Scratch {
 #[derive(Debug, Default)]
 struct ExactScores {
     ordinals: Vec<u32>,
-    /// Column of each page in `Scratch::logits`.
+    /// Columns of `Scratch::logits` with the estimates that they replace; a page of the tail has none.
     columns: Vec<u32>,
     /// `[group, capacity]`: maximum, later mass.
     masses: Vec<f32>,
@@ -107,31 +107,27 @@ pub(crate) fn search_head(
     }
     let n_scanned = scan.blocks.len() * BLOCK;
     let n_tail = view.snapshot().tail.len();
-    let stride = n_scanned + n_tail + probe.n_left;
-    // The scan writes its own columns; those of the tail stay empty where a page has no live token.
+    let stride = n_scanned + probe.n_left;
+    // Every column is written: by the scan, and below for the groups left out.
     logits.resize(group * stride, f32::NEG_INFINITY);
-    for logits in logits.chunks_exact_mut(stride.max(1)) {
-        logits[n_scanned..].fill(f32::NEG_INFINITY);
-    }
     scan.run(view, quantised, logit, stride, logits, max);
     weigh(logits, stride, &scan.radii, |g| quantised.length(g, options.scaling), ranking, weights);
     let mut scorer = PageScorer { layout, queries, logit, dots };
     exact.reset(group, options.n_candidates().min(n_scanned) + n_tail);
     for t in 0..n_tail {
         let ordinal = view.snapshot().segments.len() * SEGMENT_PAGES + t;
-        exact.add(view, ordinal, n_scanned + t, &mut scorer);
+        exact.add(view, ordinal, None, &mut scorer);
     }
     *out.visited = (n_scanned + probe.n_scored + exact.ordinals.len()) as i64;
-    exact.fill_in(logits, stride);
     for (g, left) in probe.left.chunks_exact(probe.n_left.max(1)).enumerate() {
-        logits[g * stride + n_scanned + n_tail..][..probe.n_left].copy_from_slice(left);
+        logits[g * stride + n_scanned..][..probe.n_left].copy_from_slice(left);
     }
     rank_lanes(view, scan, weights, keys);
     top_keys(keys, options.n_candidates());
     // In memory order, which is kinder to the prefetcher.
     keys.sort_unstable_by_key(|key| rank_index(*key));
     for column in keys.iter().map(|key| rank_index(*key) as usize) {
-        exact.add(view, ordinal(scan.blocks[column / BLOCK], column % BLOCK), column, &mut scorer);
+        exact.add(view, ordinal(scan.blocks[column / BLOCK], column % BLOCK), Some(column), &mut scorer);
     }
     exact.finish(logits, stride, max, keys, &mut out);
 }
@@ -196,7 +192,7 @@ impl ExactScores {
         self.sums.resize(group * capacity, 0.0);
     }
 
-    fn add(&mut self, view: &View, ordinal: usize, column: usize, scorer: &mut PageScorer<'_>) {
+    fn add(&mut self, view: &View, ordinal: usize, column: Option<usize>, scorer: &mut PageScorer<'_>) {
         let Some(page) = view.page(ordinal) else { return };
         let (i, capacity) = (self.ordinals.len(), self.capacity);
         let (masses, sums) = (&mut self.masses, &mut self.sums);
@@ -205,17 +201,7 @@ impl ExactScores {
             sums[g * capacity + i] = sum;
         });
         self.ordinals.push(ordinal as u32);
-        self.columns.push(column as u32);
-    }
-
-    /// Writes the exact log-sum-exps into the logits, for the pages that have no estimate.
-    fn fill_in(&self, logits: &mut [f32], stride: usize) {
-        for (g, logits) in logits.chunks_exact_mut(stride.max(1)).enumerate() {
-            for (i, &column) in self.columns.iter().enumerate() {
-                let at = g * self.capacity + i;
-                logits[column as usize] = log_sum(self.masses[at], self.sums[at]);
-            }
-        }
+        self.columns.extend(column.map(|column| column as u32));
     }
 
     /// Replaces the estimates of the scored pages by their exact masses and writes the best of them.
@@ -263,6 +249,28 @@ impl ExactScores {
             let masses = &self.masses[g * self.capacity..][..n];
             let chosen: f32 = keys.iter().map(|key| masses[rank_index(*key) as usize]).sum();
             out.lse[2 * g + 1] = log_sum(*max, chosen);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{CANDIDATE_REACH, REACH, weigh};
+
+    #[test]
+    fn every_head_has_one_vote_and_wide_pages_are_raised() {
+        // Two heads, three pages; a column of the tail that must not count. The second head's logits are far larger.
+        let (stride, radii, lengths) = (4, [0.0, 0.0, 4.0], [2.0, 1.0]);
+        let logits = [1.0, 0.5, 0.0, 90.0, 50.0, 51.0, 50.5, 90.0];
+        let (mut ranking, mut weights) = (Vec::new(), Vec::new());
+        weigh(&logits, stride, &radii, |g| lengths[g], &mut ranking, &mut weights);
+        let raised = |g: usize, p: usize| {
+            f64::from(logits[g * stride + p]) + f64::from((CANDIDATE_REACH - REACH) * lengths[g] * radii[p])
+        };
+        let total = |g: usize| (0..3).map(|p| raised(g, p).exp()).sum::<f64>();
+        for (p, weight) in weights.iter().enumerate() {
+            let expected: f64 = (0..2).map(|g| raised(g, p).exp() / total(g)).sum();
+            assert!((f64::from(*weight) - expected).abs() < 1e-5, "page {p}: {weight} and {expected}");
         }
     }
 }

@@ -42,3 +42,20 @@ impl QuantisedQueries {
         (self.lengths[g] * f64::from(scaling)).min(1e17) as f32
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::QuantisedQueries;
+
+    #[test]
+    fn sums_with_int8_means_fit_an_i32_in_every_dim() {
+        for dim in [1, 127, 128, 515, 516, 517, 4096, 65536] {
+            let mut queries = QuantisedQueries::default();
+            queries.set(&vec![3.0; dim], dim, |x| x);
+            let largest: i64 = queries.levels.iter().map(|&level| 127 * i64::from(level).abs()).sum();
+            assert!(largest <= i64::from(i32::MAX), "dim {dim}: {largest}");
+            let back = f32::from(queries.levels[0]) * queries.scales[0];
+            assert!((back - 3.0).abs() < 0.01, "dim {dim}: {back}");
+        }
+    }
+}
