@@ -106,7 +106,7 @@ fn log_sum_exps_and_softcap_follow_the_definition() {
 #[test]
 fn pages_that_were_not_scored_count_in_the_log_sum_exp_of_all() {
     let (pool, forest) = (pool(1), forest(1, 8));
-    let keys = [0.5; 2048 * 8];
+    let keys = vec![0.5; 2048 * 8];
     add(&pool, &forest, &keys);
     let options = SearchOptions { candidates: Some(3), ..SearchOptions::new(3, 0.25) };
     let selection = search(&pool, &[&forest], &[0.75; 8], 1, &options).unwrap();
