@@ -65,7 +65,7 @@ class NearBuffer:
     def _filled(self, parts: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         n_heads, _, dim = parts[0][0].shape
         # Zeros, not empty: masked columns are multiplied by a zero weight, and 0 * NaN is NaN.
-        buffer = parts[0][0].new_zeros(len(parts), n_heads, self.stop + _SLACK_COLUMNS, dim)
+        buffer = _zeros_like(parts[0][0], len(parts), n_heads, self.stop + _SLACK_COLUMNS, dim)
         for b, (sink, window) in enumerate(parts):
             buffer[b, :, : self.sinks[b]] = sink
             buffer[b, :, self.starts[b] : self.stop] = window
@@ -112,7 +112,7 @@ class NearBuffer:
 
     def _resized(self, tensor: torch.Tensor, n_columns: int) -> torch.Tensor:
         n_rows, n_heads, _, dim = tensor.shape
-        grown = tensor.new_zeros(n_rows, n_heads, n_columns + _SLACK_COLUMNS, dim)
+        grown = _zeros_like(tensor, n_rows, n_heads, n_columns + _SLACK_COLUMNS, dim)
         grown[:, :, : self.stop] = tensor[:, :, : self.stop]
         return grown
 
@@ -142,7 +142,7 @@ class NearBuffer:
         index = torch.tensor(rows, dtype=torch.long, device=self.keys.device)
         new.sink_tokens, new.stop, new._mask = self.sink_tokens, self.stop, None
         new.sinks, new.starts = [self.sinks[b] for b in rows], [self.starts[b] for b in rows]
-        new.keys, new.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        new.keys, new.values = (_rows_of(tensor, index) for tensor in (self.keys, self.values))
         return new
 
     def view(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -155,3 +155,15 @@ class NearBuffer:
             columns = torch.arange(self.stop, device=self.keys.device)
             self._mask = (columns < bounds[0][:, None]) | (columns >= bounds[1][:, None])
         return keys, values, self._mask
+
+
+def _zeros_like(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Zeros that may be written in place whether the caller is in inference mode now, or was when they were made."""
+    with torch.inference_mode(mode=False):
+        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def _rows_of(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Copy of the rows of `index`, which may be written in place like `_zeros_like`."""
+    rows = _zeros_like(tensor, len(index), *tensor.shape[1:])
+    return torch.index_select(tensor, 0, index, out=rows)

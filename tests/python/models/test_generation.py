@@ -132,6 +132,23 @@ def test_assisted_decoding_gives_the_tokens_of_dense_attention(wrap_assistant):
         assert runtime.stats().pages_read > 0
 
 
+def test_a_cache_filled_in_inference_mode_goes_on_outside_of_it_and_back():
+    model, ids = build("llama"), prompt(2, 180)
+    expected = model.generate(ids, max_new_tokens=30, do_sample=False)
+    with IceRuntime.wrap(model, budget=4096, dense_below=0) as runtime:
+        cache = runtime.new_cache()
+        with torch.inference_mode():
+            model(ids[:, :140], past_key_values=cache, use_cache=True)
+            cache.reorder_cache(torch.tensor([0, 1]))
+        so_far = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        with torch.inference_mode():
+            twin = copy.deepcopy(cache)
+            got = model.generate(so_far, past_key_values=cache, max_new_tokens=20, do_sample=False)
+        again = model.generate(so_far, past_key_values=twin, max_new_tokens=20, do_sample=False)
+    assert torch.equal(expected, got)
+    assert torch.equal(expected, again)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_a_copied_cache_continues_as_if_the_other_copy_did_not_exist(family):
     model, prefix = build(family), prompt(1, 120)
