@@ -7,6 +7,7 @@ layer (`_ice_layer`), and the config leads to the implementation the model had b
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -120,6 +121,12 @@ def _own_mask(
     )
 
 
+def _layer_of(key: torch.Tensor) -> RetrievalLayer | None:
+    """Layer that staged this very tensor, if one of ours did."""
+    tag: weakref.ref[RetrievalLayer] | None = getattr(key, "_ice_layer", None)
+    return None if tag is None else tag()
+
+
 @dataclass(frozen=True, slots=True)
 class _Dense:
     """The model's own attention on given tensors, bound for later."""
@@ -153,7 +160,7 @@ def attention(
     step = current_step()
     if step is not None:
         step.n_attention_calls += 1
-    layer: RetrievalLayer | None = getattr(key, "_ice_layer", None)
+    layer = _layer_of(key)
     if layer is None:
         return own_attention(module, query, key, value, attention_mask, scaling, arguments)
     same_key, same_value = layer.expects(key, value)

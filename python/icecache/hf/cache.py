@@ -132,7 +132,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             value_states = torch.cat([self._dense[1], value_states], -2)
         self._staged, self._shared_call = (key_states, value_states), False
         self._last = weakref.ref(key_states), weakref.ref(value_states)
-        key_states._ice_layer = self  # type: ignore[attr-defined]  # dies as soon as a model transforms K
+        # The tag dies as soon as a model transforms K. It is weak because a short layer holds the key: no cycle.
+        key_states._ice_layer = weakref.ref(self)  # type: ignore[attr-defined]
         return key_states, value_states
 
     def _check_use(self, key_states: torch.Tensor) -> None:

@@ -147,19 +147,21 @@ def test_unwrap_in_the_middle_of_generation_is_a_clear_error():
     assert len(seen) == 3
 
 
-def test_caches_are_freed_without_the_garbage_collector():
+@pytest.mark.parametrize("dense_below", [0, 4096], ids=["paged", "short"])
+def test_caches_are_freed_without_the_garbage_collector(dense_below):
     model = build("llama")
-    with IceRuntime.wrap(model, dense_below=0) as runtime:
+    with IceRuntime.wrap(model, dense_below=dense_below) as runtime:
         gc.collect()
         gc.disable()
         try:
             cache = runtime.new_cache()
             greedy(model, cache)
             layer = weakref.ref(cache.layers[0])
-            assert runtime.stats().host_bytes > 0
+            assert runtime.stats().device_bytes > 0
+            assert (runtime.stats().host_bytes > 0) == (dense_below == 0)
             del cache
             assert layer() is None
-            assert runtime.stats().host_bytes == 0
+            assert runtime.stats().device_bytes == runtime.stats().host_bytes == 0
         finally:
             gc.enable()
 
