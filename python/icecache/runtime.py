@@ -149,7 +149,7 @@ class IceRuntime:
         cache : Cache
             As above.
         attention_mask : torch.Tensor, optional
-            (n_rows, n_positions), 0 marks the padding of a plain cache.
+            (n_rows, n_positions), 0 marks the padding of a plain cache, or of one of ours that is still dense.
 
         Raises
         ------

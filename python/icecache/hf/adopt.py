@@ -22,7 +22,8 @@ def adopt(hooks: ModelHooks, cache: Cache, attention_mask: torch.Tensor | None) 
     cache : Cache
         A filled ``DynamicCache`` of the same model, or a cache of another runtime on it.
     attention_mask : torch.Tensor or None
-        (n_rows, n_positions); 0 marks padding. For a plain cache only: our own caches know theirs.
+        (n_rows, n_positions); 0 marks padding. For a plain cache, or one of ours that is still short (dense): pages
+        know theirs.
 
     Raises
     ------
@@ -51,7 +52,7 @@ def _adopted(
         if not isinstance(target, RetrievalLayer):
             msg = f"layer {layer}: the cache holds pages, but this runtime keeps the layer dense"
             raise CacheStateError(msg)
-        return _rehomed(hooks, source, sequence, layer)
+        return _rehomed(hooks, source, sequence, attention_mask, layer)
     if not isinstance(target, RetrievalLayer):
         if type(source) is not type(target):
             msg = f"layer {layer}: the cache holds a {type(source).__name__}, the model needs {type(target).__name__}"
@@ -64,21 +65,26 @@ def _adopted(
     if source.get_seq_length() == 0:
         return new
     keys, values = source.keys, source.values
-    valid = None
-    if attention_mask is not None:
-        valid = attention_mask.bool().cpu()
-        if tuple(valid.shape) != (keys.shape[0], keys.shape[2]):
-            msg = (
-                f"attention_mask must have shape {(keys.shape[0], keys.shape[2])} like the cache, "
-                f"got {tuple(valid.shape)}"
-            )
-            raise CacheStateError(msg)
-        valid = None if bool(valid.all()) else valid
-    new.load(keys, values, valid)
+    new.load(keys, values, _valid_positions(attention_mask, keys.shape[0], keys.shape[2]))
     return new
 
 
-def _rehomed(hooks: ModelHooks, source: RetrievalLayer, sequence: Sequence, layer: int) -> RetrievalLayer:
+def _valid_positions(attention_mask: torch.Tensor | None, n_rows: int, n_positions: int) -> torch.Tensor | None:
+    """Bool (n_rows, n_positions) on the CPU; None: no padding."""
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) != (n_rows, n_positions):
+        msg = (
+            f"attention_mask must have shape {(n_rows, n_positions)} like the cache, got {tuple(attention_mask.shape)}"
+        )
+        raise CacheStateError(msg)
+    valid = attention_mask.bool().cpu()
+    return None if bool(valid.all()) else valid
+
+
+def _rehomed(
+    hooks: ModelHooks, source: RetrievalLayer, sequence: Sequence, attention_mask: torch.Tensor | None, layer: int
+) -> RetrievalLayer:
     source.sequence.settle()
     source.sequence.check()
     ours, theirs = hooks.engine.layout, source.engine.layout
@@ -89,5 +95,6 @@ def _rehomed(hooks: ModelHooks, source: RetrievalLayer, sequence: Sequence, laye
         )
         raise CacheStateError(msg)
     new = source.forked(hooks.engine, sequence)
-    new.settle_dense()
+    if source.dense_pair() is not None:
+        new.settle_dense(_valid_positions(attention_mask, source.n_rows, source.get_seq_length()))
     return new

@@ -275,10 +275,10 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self._length = keys.shape[-2]
         self._keep(keys, values, valid)
 
-    def settle_dense(self) -> None:
-        """Page in a short layer that is longer than this engine's ``dense_below``."""
+    def settle_dense(self, valid: torch.Tensor | None) -> None:
+        """Page in a short layer that is longer than this engine's ``dense_below``; `valid` as in `load`."""
         if self._dense is not None and self._length >= self.engine.config.dense_below:
-            self._keep(*self._dense, None)
+            self._keep(*self._dense, valid)
 
     def expects(self, key: torch.Tensor, value: torch.Tensor) -> tuple[bool, bool]:
         """Whether (key, value) are the tensors of the last `update`."""

@@ -103,6 +103,26 @@ def test_a_short_sequence_of_another_runtime_is_paged_by_the_new_threshold():
     assert (got - dense).abs().max() <= 1e-4 * dense.abs().max()
 
 
+@pytest.mark.parametrize("later_threshold", [0, 205])
+def test_padding_of_a_short_sequence_of_another_runtime_is_dropped(later_threshold):
+    """A dense cache has padding in it and does not know where: the mask says so, now or when it is paged."""
+    model, batch = build("llama"), left_padded([200, 90])
+    expected = model.generate(**batch, max_new_tokens=30, do_sample=False)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with IceRuntime.wrap(model, dense_below=4096) as first:
+        short = first.new_cache()
+        forward(model, ids[:, :-1], short, attention_mask=mask[:, :-1], position_ids=positions[:, :-1])
+    with IceRuntime.wrap(model, budget=1024, dense_below=later_threshold) as runtime:
+        cache = runtime.adopt(short, attention_mask=mask[:, :-1])
+        got = model.generate(**batch, past_key_values=cache, max_new_tokens=30, do_sample=False)
+        assert cache.layers[0].pages.length(1) == 90 + 29
+        if later_threshold == 0:
+            with pytest.raises(CacheStateError, match="disagrees with the masks of earlier steps"):
+                model.generate(**batch, past_key_values=runtime.adopt(short), max_new_tokens=2)
+    assert torch.equal(expected, got)
+
+
 def test_what_does_not_fit_is_refused_with_the_difference():
     model, ids = build("llama"), prompt(1, 200)
     with IceRuntime.wrap(model, dense_below=0) as first:
