@@ -299,7 +299,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         mask = chunk_mask(self, call)
         if call.query.shape[2] == 1 and call.keys.shape[2] == 1:
             if not call.shared:
-                self._pages.append(call.keys, call.values, None)
+                self._pages.append(call.keys, call.values, mask.valid)
             return self._decode(self._pages, call, call.query)
         if self.engine.sparse_chunks:
             return self._attend_token_by_token(self._pages, call, mask)

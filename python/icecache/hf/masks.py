@@ -37,8 +37,9 @@ class ChunkMask:
     causal: bool
 
 
-_ONE_TOKEN = ChunkMask(torch.ones(1, 1, 1, dtype=torch.bool), None, causal=True)
-"""Mask of a decode step, never read; made once because it is needed in every layer of every step."""
+_SEEN = torch.ones(1, 1, 1, dtype=torch.bool)
+_ONE_TOKEN = ChunkMask(_SEEN, None, causal=True)
+"""Mask of a decode step; made once because it is needed in every layer of every step. Its `own` is never read."""
 
 
 def allowed_4d(layer_idx: int, mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -92,15 +93,15 @@ def prompt_padding(layer_idx: int, mask: torch.Tensor | None, length: int) -> to
 def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
     """Mask of the staged tokens against themselves; checks that nothing earlier is hidden from them.
 
-    With one new token the mask is not read (that would wait for the device at every layer): a decoded token is never
-    padding and sees everything before it.
+    A single new token sees everything before it; a 2D mask is read once per step then, not once per layer: that waits
+    for the device.
     """
     mask, device = call.mask, call.query.device
     n_queries, n_keys = call.query.shape[2], call.keys.shape[2]
-    if mask is not None and mask.dim() == 2 and (n_keys > 1 or mask.device.type == "cpu"):
-        _check_past(layer, mask, layer.get_seq_length() - n_keys)
     if n_keys == 1 and (mask is None or mask.dim() == 2):
-        return _ONE_TOKEN
+        return _ONE_TOKEN if mask is None else _one_token(layer, mask)
+    if mask is not None and mask.dim() == 2:
+        _check_past(layer, mask, layer.get_seq_length() - n_keys)
     causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)[None]
     if mask is None:
         return ChunkMask(causal, None, causal=True)
@@ -124,6 +125,25 @@ def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
     return ChunkMask(own, None if bool(valid.all()) else valid, causal=plain)
 
 
+def _one_token(layer: RetrievalLayer, mask: torch.Tensor) -> ChunkMask:
+    """Mask of a decode step with a 2D mask: the newest position of a row can be padding (a shorter second turn).
+
+    Of the past only the number of tokens is compared with what is stored: O(rows) to copy, whatever the length.
+    """
+    step, pages = current_step(), layer.pages
+    assert step is not None
+    assert pages is not None
+    if not step.past_checked:
+        step.past_checked = True
+        mask = mask.bool()
+        past, new = torch.stack([mask[:, :-1].sum(1), mask[:, -1].long()]).tolist()  # sync: once per step, if padded
+        known = [pages.length(b) for b in range(pages.n_rows)]
+        if mask.shape[1] != layer.get_seq_length() or past != known:
+            raise _contradiction(mask, layer.get_seq_length() - 1)
+        step.new_valid = None if all(new) else torch.tensor(new, dtype=torch.bool)[:, None]
+    return _ONE_TOKEN if step.new_valid is None else ChunkMask(_SEEN, step.new_valid, causal=True)
+
+
 def _check_past(layer: RetrievalLayer, mask: torch.Tensor, n_past: int) -> None:
     """Raise if a 2D mask contradicts what earlier masks said; once per step, padding is the same for all layers.
 
@@ -136,10 +156,13 @@ def _check_past(layer: RetrievalLayer, mask: torch.Tensor, n_past: int) -> None:
     step.past_checked = True
     assert layer.pages is not None
     known = layer.pages.padding.valid()[:, :n_past]
-    now = mask[:, :n_past].bool().cpu()  # sync: once per chunk; a decode step reads it on CPUs only, where it is free
+    now = mask[:, :n_past].bool().cpu()  # sync: once per chunk
     if mask.shape[1] != layer.get_seq_length() or not torch.equal(known, now):
-        msg = (
-            f"attention_mask {tuple(mask.shape)} disagrees with the masks of earlier steps about the first {n_past} "
-            "positions; pass attention_mask explicitly, the earlier one extended by the new tokens"
-        )
-        raise CacheStateError(msg)
+        raise _contradiction(mask, n_past)
+
+
+def _contradiction(mask: torch.Tensor, n_past: int) -> CacheStateError:
+    return CacheStateError(
+        f"attention_mask {tuple(mask.shape)} disagrees with the masks of earlier steps about the first {n_past} "
+        "positions; pass attention_mask explicitly, the earlier one extended by the new tokens"
+    )

@@ -61,6 +61,9 @@ class Step:
     past_checked: bool = False
     """Whether the mask of this step was compared with those of earlier steps."""
 
+    new_valid: torch.Tensor | None = None
+    """In a decode step: bool (n_rows, 1) on the CPU, which new positions are tokens; None: all."""
+
     def in_progress(self) -> bool:
         """Whether the caller runs inside this step's forward."""
         frame: FrameType | None = sys._getframe(1)

@@ -151,7 +151,8 @@ def test_a_fork_shares_its_pages():
         del forks
 
 
-def test_chunks_of_a_ragged_batch_keep_their_rows_apart():
+@pytest.mark.parametrize("chunk", [40, 1], ids=["one chunk", "token by token"])
+def test_chunks_of_a_ragged_batch_keep_their_rows_apart(chunk):
     """Second turns of different length: padding lies in the middle of the row."""
     model = build("llama")
     ids, mask = prompt(2, 260), torch.ones(2, 260, dtype=torch.long)
@@ -160,7 +161,8 @@ def test_chunks_of_a_ragged_batch_keep_their_rows_apart():
     dense = forward(model, ids, DynamicCache(), attention_mask=mask, position_ids=positions)
     with IceRuntime.wrap(model, budget=4096, dense_below=0) as runtime:
         cache, got = runtime.new_cache(), []
-        for first, last in [(0, 200), (200, 240), *((i, i + 1) for i in range(240, 260))]:
+        second_turn = [(i, i + chunk) for i in range(200, 240, chunk)]
+        for first, last in [(0, 200), *second_turn, *((i, i + 1) for i in range(240, 260))]:
             step = {"attention_mask": mask[:, :last], "position_ids": positions[:, first:last]}
             got.append(forward(model, ids[:, first:last], cache, **step))
         lengths = [layer.pages.length(1) for layer in ours(cache)]
@@ -169,15 +171,16 @@ def test_chunks_of_a_ragged_batch_keep_their_rows_apart():
     assert (torch.cat(got, 1) - dense)[real].abs().max() <= 1e-4 * dense[real].abs().max()
 
 
-def test_a_mask_that_contradicts_earlier_ones_is_refused():
+@pytest.mark.parametrize("n_new", [1, 30])
+def test_a_mask_that_contradicts_earlier_ones_is_refused(n_new):
     model, ids = build("llama"), prompt(1, 130)
     with IceRuntime.wrap(model, dense_below=0) as runtime:
         cache = runtime.new_cache()
         forward(model, ids[:, :100], cache)
-        mask = torch.ones(1, 130)
+        mask = torch.ones(1, 100 + n_new)
         mask[0, 50] = 0
         with pytest.raises(CacheStateError, match="disagrees with the masks of earlier steps"):
-            forward(model, ids[:, 100:], cache, attention_mask=mask)
+            forward(model, ids[:, 100 : 100 + n_new], cache, attention_mask=mask)
         assert cache.get_seq_length() == 100
 
 
