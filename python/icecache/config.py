@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,6 +63,9 @@ class IceConfig:
     on_unsupported: Literal["error", "dense"] = "error"
 
     def __post_init__(self) -> None:
+        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Collection):
+            msg = f"dense_layers must be a tuple of integers, got {self.dense_layers!r}"
+            raise ConfigError(msg)
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         if self.page_tokens != PAGE_TOKENS:
             msg = f"page_tokens must be {PAGE_TOKENS}, got {self.page_tokens!r}"

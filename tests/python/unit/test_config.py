@@ -28,6 +28,8 @@ def test_the_default_reads_thirteen_pages():
         ("window_tokens", 0, r"window_tokens must be an integer in 1\.\.=65536, got 0"),
         ("dense_below", -5, "dense_below must be .* got -5"),
         ("dense_layers", (1, -2), "dense_layers must be .* got -2"),
+        ("dense_layers", 1, "dense_layers must be a tuple of integers, got 1"),
+        ("dense_layers", "01", "dense_layers must be a tuple of integers, got '01'"),
         ("host_memory", 0, "host_memory must be .* got 0"),
         ("threads", 0, r"threads must be an integer in 1\.\.=1024, got 0"),
         ("seed", -1, "seed must be .* got -1"),
