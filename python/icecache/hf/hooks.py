@@ -217,6 +217,7 @@ class ModelHooks:
             dense.update(*pair)  # lossless: so far these are all keys and values there are
             cache.layers[i] = dense
             self.dense_layers.add(i)
+            self.plan[i] = DynamicLayer.__name__
         if step.n_attention_calls == 0 and any(_is_ours(layer) for layer in cache.layers):
             msg = "no attention module called the registered attention function"
             raise UnsupportedModelError(msg)

@@ -100,6 +100,7 @@ def test_values_that_are_transformed_after_the_cache_are_refused_or_dense(monkey
         cache = runtime.new_cache()
         got = torch.cat([forward(model, ids[:, :70], cache), forward(model, ids[:, 70:], cache)], 1)
         assert all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
+        assert runtime.layer_plan == ("DynamicLayer",) * 3  # what is dense is said to be dense
     assert (got - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
