@@ -54,6 +54,8 @@ def stream_attention(
     near_mask = None if live is None else live[:, None, None, None, :]
     pieces = _pieces(grouped, max(near_keys.shape[2], keys.shape[2], BLOCK_PAGES * 16))
     parts: list[Partial] = []
+    # Once, not in every piece; no copy in float32.
+    near_keys, near_values, keys, values = (t.float() for t in (near_keys, near_values, keys, values))
     with services.recorder.part("attention"):
         for start, stop in pieces:
             piece = grouped[:, :, :, start:stop]
@@ -96,9 +98,8 @@ def _merge_pages(
         fetched = services.staging.fetch(services.pool, services.recorder, everything, first, last, *shape)
         mask = None if fetched.mask is None else fetched.mask[:, :, None, None, :]
         with services.recorder.part("attention"):
+            keys, values = fetched.keys.float(), fetched.values.float()
             for i, (start, stop) in enumerate(pieces):
                 piece = query[:, :, :, start:stop]
-                far = partial_attention(
-                    piece, fetched.keys, fetched.values, scaling=scaling, mask=mask, softcap=softcap
-                )
+                far = partial_attention(piece, keys, values, scaling=scaling, mask=mask, softcap=softcap)
                 parts[i] = merge([parts[i], far])
