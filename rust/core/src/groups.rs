@@ -8,7 +8,7 @@
 
 use crate::config::{GROUP_PAGES, SEGMENT_GROUPS};
 use crate::segment::{Segment, mean_of, quantise};
-use crate::simd::BLOCK;
+use crate::simd::{BLOCK, kernels};
 use crate::snapshot::SegmentEntry;
 use crate::sync::Arc;
 
@@ -35,9 +35,7 @@ impl GroupSummary {
         let mut variance = vec![0.0_f32; dim];
         let share = 1.0 / members.len() as f32;
         for key in members.iter().map(row) {
-            for ((v, x), m) in variance.iter_mut().zip(key).zip(&mean) {
-                *v = ((x - m) * share).mul_add(x - m, *v).min(f32::MAX);
-            }
+            (kernels().add_variance)(&mut variance, key, &mean, share);
         }
         Self { mean: quantise(&mean), variance: quantise(&variance), n_tokens: members.len() }
     }

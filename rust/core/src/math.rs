@@ -24,6 +24,12 @@ pub(crate) fn rank_index(key: u64) -> u32 {
     !(key as u32)
 }
 
+/// Float half of a [`rank_key`]; NaN for a NaN.
+pub(crate) fn rank_value(key: u64) -> f32 {
+    let bits = (key >> 32) as u32;
+    f32::from_bits(if bits >> 31 == 1 { bits & 0x7fff_ffff } else { !bits })
+}
+
 /// Replaces dot products that overflowed in `f32` by ones computed in `f64` and clamped to `f32`.
 pub(crate) fn repair_dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
     let row_bytes = input.dim * input.dtype.size();
@@ -56,4 +62,18 @@ pub(crate) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
 /// `max + ln(sum)`, the log-sum-exp of values summarised as (maximum, sum of exp(value - maximum)).
 pub(crate) fn log_sum(max: f32, sum: f32) -> f32 {
     if sum > 0.0 { max + sum.ln() } else { f32::NEG_INFINITY }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{rank_index, rank_key, rank_value};
+
+    #[test]
+    fn a_rank_gives_back_its_float_and_its_index() {
+        for x in [f32::NEG_INFINITY, f32::MIN, -1.5, -1e-45, 0.0, 1e-45, 2.5, f32::MAX, f32::INFINITY] {
+            let key = rank_key(x, 7);
+            assert_eq!((rank_value(key).to_bits(), rank_index(key)), (x.to_bits(), 7), "{x}");
+        }
+        assert!(rank_value(rank_key(f32::NAN, 0)).is_nan());
+    }
 }

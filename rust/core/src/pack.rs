@@ -9,9 +9,11 @@
 //! meanwhile, then it is skipped; members taken meanwhile are skipped too: the result is that of [`naive`].
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
+
 use crate::config::{PACK_CANDIDATES, PACK_ROUNDS, PAGE_TOKENS};
 use crate::layout::Dtype;
-use crate::math::{rank_index, rank_key};
+use crate::math::{rank_index, rank_key, rank_value};
 use crate::reassign::reassign;
 use crate::simd::{Dots, kernels};
 
@@ -24,7 +26,7 @@ pub(crate) fn pack_pages(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
         return Vec::new();
     }
     let keys = normalised(keys);
-    let pages = Packer::new(keys.clone(), dim).run();
+    let pages = Packer::new(&keys, dim).run();
     reassign(&keys, dim, &pages)
 }
 
@@ -33,15 +35,15 @@ pub(crate) fn pack(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
     if keys.is_empty() {
         return Vec::new();
     }
-    Packer::new(normalised(keys), dim).run()
+    Packer::new(&normalised(keys), dim).run()
 }
 
 /// Keys times a power of two, so that norms and sums neither overflow nor vanish; unchanged for ordinary keys.
-pub(crate) fn normalised(keys: &[f32]) -> Vec<f32> {
+pub(crate) fn normalised(keys: &[f32]) -> Cow<'_, [f32]> {
     let max = keys.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
     let ordinary = (1e-10..1e10).contains(&max) || max == 0.0;
     if ordinary {
-        return keys.to_vec();
+        return Cow::Borrowed(keys);
     }
     // Two exact steps, because 2^-127 and 2^149 are not both normal numbers.
     let half = (-max.log2() / 2.0).round().exp2();
@@ -66,9 +68,9 @@ fn products(rows: &[f32], dim: usize, queries: &[f32], stride: usize, out: &mut 
     (kernels().dots)(Dots { dtype: Dtype::F32, rows: bytemuck::cast_slice(rows), dim, queries }, stride, out);
 }
 
-struct Packer {
+struct Packer<'a> {
     dim: usize,
-    keys: Vec<f32>,
+    keys: &'a [f32],
     taken: Vec<bool>,
     /// Untaken tokens, and some taken ones not yet swept out.
     live: Vec<u16>,
@@ -80,24 +82,24 @@ struct Packer {
     candidate_rows: Vec<f32>,
 }
 
-impl Packer {
-    fn new(keys: Vec<f32>, dim: usize) -> Self {
+impl<'a> Packer<'a> {
+    fn new(keys: &'a [f32], dim: usize) -> Self {
         let n = keys.len() / dim;
         Self {
             dim,
-            rows: keys.clone(),
+            rows: keys.to_vec(),
             keys,
             taken: vec![false; n],
             live: (0..n as u16).collect(),
             n_dead: 0,
             products: vec![0.0; SEEDS * n],
-            ranks: Vec::with_capacity(n),
+            ranks: Vec::with_capacity(4 * PACK_CANDIDATES),
             candidate_rows: Vec::new(),
         }
     }
 
     fn run(mut self) -> Vec<Vec<u16>> {
-        let mut order = seed_order(&self.keys, self.dim).into_iter();
+        let mut order = seed_order(self.keys, self.dim).into_iter();
         let mut pages = Vec::with_capacity(self.taken.len().div_ceil(PAGE_TOKENS));
         let (mut seeds, mut queries) = (Vec::new(), Vec::new());
         loop {
@@ -143,8 +145,23 @@ impl Packer {
     fn page(&mut self, s: usize, seed: u16) -> Vec<u16> {
         let scores = &self.products[s * self.live.len()..][..self.live.len()];
         self.ranks.clear();
-        let untaken = self.live.iter().zip(scores).filter(|&(&i, _)| i != seed && !self.taken[i as usize]);
-        self.ranks.extend(untaken.map(|(&i, &score)| rank_key(score, u32::from(i))));
+        // Ranks at or below the floor are beaten by enough others; nearly all keys are, so most cost one comparison.
+        let (mut floor, mut least) = (0, f32::NEG_INFINITY);
+        for (&i, &score) in self.live.iter().zip(scores) {
+            if score < least {
+                continue;
+            }
+            let rank = rank_key(score, u32::from(i));
+            if rank > floor && i != seed && !self.taken[i as usize] {
+                self.ranks.push(rank);
+                if self.ranks.len() == 4 * PACK_CANDIDATES {
+                    self.ranks.select_nth_unstable_by(PACK_CANDIDATES - 2, |a, b| b.cmp(a));
+                    self.ranks.truncate(PACK_CANDIDATES - 1);
+                    floor = self.ranks[PACK_CANDIDATES - 2];
+                    least = rank_value(floor);
+                }
+            }
+        }
         best(&mut self.ranks, PACK_CANDIDATES - 1);
         let candidates: Vec<u16> = self.ranks.iter().map(|&key| rank_index(key) as u16).collect();
         let mut page: Vec<u16> =

@@ -144,10 +144,8 @@ impl Summaries {
             let mean = mean_of(members.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
             built.set(page, members.len(), &mean);
             let square = |x: f32| f64::from(x) * f64::from(x);
-            let distance = |&i: &u16| -> f64 {
-                keys[i as usize * dim..][..dim].iter().zip(&mean).map(|(x, m)| square(x - m)).sum()
-            };
-            let (sum, max) = members.iter().map(distance).fold((0.0, 0.0), |(sum, max), d| (sum + d, f64::max(max, d)));
+            let distances = square_distances(keys, dim, members, &mean);
+            let (sum, max) = distances.iter().fold((0.0, 0.0), |(sum, max), &d| (sum + d, f64::max(max, d)));
             built.spreads[page] = (sum / members.len() as f64).sqrt() as f32;
             // Bounded so that a reach, radius times query length, stays finite.
             built.radii[page] = max.sqrt().min(1e20) as f32;
@@ -183,6 +181,24 @@ impl Summaries {
         let floats = [&self.scales, &self.ln_counts, &self.spreads, &self.radii, &self.mean_squares];
         self.means.len() + floats.iter().map(|values| 4 * values.len()).sum::<usize>()
     }
+}
+
+/// Squared distances of up to 16 keys to `mean`. Four sums side by side: one alone waits for each of its additions.
+fn square_distances(keys: &[f32], dim: usize, members: &[u16], mean: &[f32]) -> Vec<f64> {
+    let row = |i: u16| &keys[i as usize * dim..][..dim];
+    let mut distances = Vec::with_capacity(PAGE_TOKENS);
+    for four in members.chunks(4) {
+        let rows: [&[f32]; 4] = std::array::from_fn(|r| row(four[r.min(four.len() - 1)]));
+        let mut sums = [0.0_f64; 4];
+        for (d, m) in mean.iter().enumerate() {
+            for (sum, row) in sums.iter_mut().zip(&rows) {
+                let x = f64::from(row[d] - m);
+                *sum += x * x;
+            }
+        }
+        distances.extend_from_slice(&sums[..four.len()]);
+    }
+    distances
 }
 
 /// Mean of some keys; cannot overflow, because each key is divided first.

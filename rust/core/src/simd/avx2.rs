@@ -14,7 +14,7 @@ pub(super) fn detect() -> Option<&'static Kernels> {
 }
 
 /// Private: reached through `detect` only, which is the proof every `SAFETY` comment below relies on.
-static KERNELS: Kernels = Kernels { name: "avx2", dots, scan, logits, exp_sum, add_scaled, sum, softmax };
+static KERNELS: Kernels = Kernels { name: "avx2", dots, scan, logits, exp_sum, add_scaled, add_variance, sum, softmax };
 
 /// Independent accumulators of a tile; fewer leave the FMA units waiting for their own results.
 const TILE: usize = 8;
@@ -378,4 +378,5 @@ macro_rules! again {
 }
 
 again!(add_scaled, scalar::add_scaled_body, (weights: &mut [f32], masses: &[f32], factor: f32));
+again!(add_variance, scalar::add_variance_body, (variance: &mut [f32], key: &[f32], mean: &[f32], share: f32));
 again!(sum, scalar::sum_body, (x: &[f32]) -> f32);

@@ -55,6 +55,8 @@ pub(crate) struct Kernels {
     pub(crate) exp_sum: fn(x: &mut [f32], max: f32) -> f32,
     /// `weights += masses * factor`.
     pub(crate) add_scaled: fn(weights: &mut [f32], masses: &[f32], factor: f32),
+    /// `variance += (key - mean)^2 * share`, bounded by the largest float.
+    pub(crate) add_variance: fn(variance: &mut [f32], key: &[f32], mean: &[f32], share: f32),
     /// Sum in the fixed shape.
     pub(crate) sum: fn(x: &[f32]) -> f32,
     /// Maximum and sum of `exp(logit - max)` of `dots[..count]`.

@@ -1,13 +1,14 @@
 //! The specification: plain Rust, the same operations in the same order as every other instruction set.
 //!
-//! Two loops over whole slices are compiled again under wider target features by the other files.
+//! Three loops over whole slices are compiled again under wider target features by the other files.
 
 use half::{bf16, f16};
 
 use super::{BLOCK, Dots, Kernels, LANES, Logit};
 use crate::layout::Dtype;
 
-pub(crate) static KERNELS: Kernels = Kernels { name: "scalar", dots, scan, logits, exp_sum, add_scaled, sum, softmax };
+pub(crate) static KERNELS: Kernels =
+    Kernels { name: "scalar", dots, scan, logits, exp_sum, add_scaled, add_variance, sum, softmax };
 
 /// Logits and dot products beyond this are clamped, so that sums and differences of them stay finite.
 pub(crate) const LOGIT_LIMIT: f32 = 1e37;
@@ -145,6 +146,18 @@ pub(super) fn add_scaled_body(weights: &mut [f32], masses: &[f32], factor: f32) 
     for (weight, mass) in weights.iter_mut().zip(masses) {
         *weight = mass.mul_add(factor, *weight);
     }
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
+pub(super) fn add_variance_body(variance: &mut [f32], key: &[f32], mean: &[f32], share: f32) {
+    for ((v, x), m) in variance.iter_mut().zip(key).zip(mean) {
+        *v = ((x - m) * share).mul_add(x - m, *v).min(f32::MAX);
+    }
+}
+
+fn add_variance(variance: &mut [f32], key: &[f32], mean: &[f32], share: f32) {
+    add_variance_body(variance, key, mean, share);
 }
 
 fn add_scaled(weights: &mut [f32], masses: &[f32], factor: f32) {

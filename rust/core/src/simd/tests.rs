@@ -145,6 +145,7 @@ fn masses_have_the_same_bits_on_every_instruction_set() {
                 let sum = (kernels.exp_sum)(&mut x, 0.0);
                 let mut weights = noise(n, 9);
                 (kernels.add_scaled)(&mut weights, &x, 0.37);
+                (kernels.add_variance)(&mut weights, &x, &noise(x.len(), 5), 0.21);
                 (sum.to_bits(), weights.iter().chain(&x).map(|x| x.to_bits()).collect())
             })
             .collect();
