@@ -10,6 +10,13 @@ from icecache import _core
 from icecache.select.base import Read, Request, Services
 
 
+MIN_CANDIDATES = 112
+CANDIDATES_PER_PAGE = 24
+"""Pages scored exactly per page read, beside the index's own minimum. The index's default of 6 is enough on sharp
+attention; where it is spread over hundreds of tokens (needle-3m, haystack of needles, 16k tokens, 13 pages, 64 samples)
+exact match is .83 with 112 candidates, .88 with 160, .89 with 224 and .92 with 320, as many as exact scores of all pages."""
+
+
 @dataclass(frozen=True, slots=True)
 class TreeSearch:
     """The index's own search; with `exact`, every page is scored exactly: the best any page index could do."""
@@ -26,6 +33,7 @@ class TreeSearch:
                 request.n_pages,
                 scaling=request.scaling,
                 softcap=request.softcap,
+                candidates=max(MIN_CANDIDATES, CANDIDATES_PER_PAGE * request.n_pages),
                 exact=self.exact,
             )
         return services.read(request, selection)
