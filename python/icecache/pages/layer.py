@@ -125,15 +125,15 @@ class LayerPages:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Add tokens ``[B, H, n, D]`` behind the window; `valid` bool (B, n) on the CPU marks padding."""
-        self.padding.append(keys.shape[2], valid)
         if valid is None and self.near.can_append():
             self.near.append(keys, values)
-            return
-        rows = []
-        for b in range(self.n_rows):
-            new = valid_tokens(keys[b], valid, b), valid_tokens(values[b], valid, b)
-            rows.append(self.near.row(b).extended(*new, self.layout.sink_tokens))
-        self.near = NearBuffer(rows, self.layout.sink_tokens)
+        else:
+            rows = []
+            for b in range(self.n_rows):
+                new = valid_tokens(keys[b], valid, b), valid_tokens(values[b], valid, b)
+                rows.append(self.near.row(b).extended(*new, self.layout.sink_tokens))
+            self.near = NearBuffer(rows, self.layout.sink_tokens)
+        self.padding.append(keys.shape[2], valid)  # last: without memory for the tokens there must be no record of them
 
     def due(self) -> list[int]:
         """Window tokens of each row that have to leave before the next search."""

@@ -121,9 +121,11 @@ class NearBuffer:
         self.starts = [start + n for start, n in zip(self.starts, counts, strict=True)]
         gap = min(self.starts) - self.sink_tokens
         if gap > 0:
-            for tensor in (self.keys, self.values):
-                live = tensor[:, :, self.sink_tokens + gap : self.stop].clone()  # clone: source and target overlap
-                tensor[:, :, self.sink_tokens : self.stop - gap] = live
+            pair = self.keys, self.values
+            # Clones: source and target overlap. Both before the first write: there may be memory for only one.
+            live = [tensor[:, :, self.sink_tokens + gap : self.stop].clone() for tensor in pair]
+            for tensor, columns in zip(pair, live, strict=True):
+                tensor[:, :, self.sink_tokens : self.stop - gap] = columns
             self.starts = [start - gap for start in self.starts]
             self.stop -= gap
         if self.keys.shape[2] > 2 * (self.stop + _SLACK_COLUMNS):  # a long chunk has left: give its memory back

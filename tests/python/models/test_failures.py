@@ -8,6 +8,7 @@ import pytest
 import torch
 from icecache import CacheStateError, IceCacheError, IceRuntime, PoolExhaustedError, UnsupportedModelError
 from icecache.errors import BadTensorError
+from icecache.pages import NearBuffer
 from tiny import build, left_padded, prompt
 from transformers import DynamicCache
 
@@ -185,6 +186,27 @@ def test_a_step_that_dies_half_way_is_undone(error, dense_below, n_new):
         assert [layer.get_seq_length() for layer in cache.layers] == [200] * 3
         got = forward(model, ids[:, 200 : 200 + n_new], cache)
         assert torch.equal(got, forward(model, ids[:, 200 : 200 + n_new], twin))
+
+
+def test_running_out_of_device_memory_while_the_window_grows_loses_no_token(monkeypatch):
+    model, ids = build("llama"), prompt(1, 260)
+    with IceRuntime.wrap(model, budget=4096, dense_below=0) as runtime:
+        cache = runtime.new_cache()
+        forward(model, ids[:, :200], cache)
+        twin, before, calls = copy.deepcopy(cache), snapshot(cache), []
+        inner = NearBuffer.append
+
+        def append(self, keys, values):
+            calls.append(1)
+            if len(calls) == 2:  # in the second layer, once
+                raise torch.OutOfMemoryError("out of memory")
+            inner(self, keys, values)
+
+        monkeypatch.setattr(NearBuffer, "append", append)
+        with pytest.raises(torch.OutOfMemoryError):
+            forward(model, ids[:, 200:201], cache)
+        assert same(before, snapshot(cache))
+        assert torch.equal(forward(model, ids[:, 200:201], cache), forward(model, ids[:, 200:201], twin))
 
 
 def test_generate_continues_after_ctrl_c_as_if_nothing_had_happened():
