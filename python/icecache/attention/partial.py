@@ -9,6 +9,7 @@ keys has ``lse = -inf`` and ``out = 0`` and leaves the other part as it is. Ever
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,31 +49,26 @@ def partial_attention(
         ``softcap * tanh(logit / softcap)`` is applied to the scaled logits.
     """
     n_rows, n_heads, group, n_queries, dim = query.shape
-    folded = query.float().reshape(n_rows, n_heads, group * n_queries, dim)
-    logits = torch.matmul(folded, keys.float().transpose(-1, -2)) * scaling
+    folded = (query.float() * scaling).reshape(n_rows, n_heads, group * n_queries, dim)
+    logits = torch.matmul(folded, keys.float().transpose(-1, -2))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         grouped = logits.view(n_rows, n_heads, group, n_queries, -1)
         logits = grouped.masked_fill(~mask, float("-inf")).view_as(logits)
-    if logits.shape[-1] == 0:
-        out = folded.new_zeros(n_rows, n_heads, group, n_queries, values.shape[-1])
-        return Partial(out, folded.new_full(out.shape[:-1], float("-inf")))
-    peak = logits.amax(-1, keepdim=True)
-    peak = torch.where(peak == float("-inf"), 0.0, peak)  # no live key: -inf - -inf would be NaN
-    weights = torch.exp(logits - peak)
-    total = weights.sum(-1, keepdim=True)
-    lse = (torch.log(total) + peak).view(n_rows, n_heads, group, n_queries)
-    out = torch.matmul(weights, values.float()) / torch.where(total == 0, 1.0, total)
-    return Partial(out.view(n_rows, n_heads, group, n_queries, -1), lse)
+    lse = torch.logsumexp(logits, dim=-1, keepdim=True)
+    # Where no key is live, -inf - -inf would be NaN; without a mask that is so only where there is no key at all.
+    shift = lse if mask is None else torch.where(lse == float("-inf"), 0.0, lse)
+    out = torch.matmul(torch.exp(logits - shift), values.float())
+    shape = (n_rows, n_heads, group, n_queries)
+    return Partial(out.view(*shape, values.shape[-1]), lse.view(shape))
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
     """Attention over the union of disjoint parts."""
     if len(parts) == 1:
         return parts[0]
-    lses = torch.stack([part.lse for part in parts])
-    lse = torch.logsumexp(lses, dim=0)
+    lse = functools.reduce(torch.logaddexp, (part.lse for part in parts))
     safe = torch.where(lse == float("-inf"), 0.0, lse)
     out = sum(torch.exp(part.lse - safe)[..., None] * part.out for part in parts)
     assert isinstance(out, torch.Tensor)
