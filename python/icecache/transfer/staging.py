@@ -5,6 +5,7 @@ Dimension key: R rows, H KV heads, K pages, T = 16 K slots, D head dim.
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 
@@ -48,12 +49,12 @@ class Staging:
         self._local = threading.local()
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> torch.Tensor:
-        n_bytes = int(np.prod(shape)) * dtype.itemsize
-        held: torch.Tensor | None = getattr(self._local, name, None)
-        if held is None or held.numel() < n_bytes or held.is_pinned() != pinned:
-            held = torch.empty(max(n_bytes, 1 << 16), dtype=torch.uint8, pin_memory=pinned)
-            setattr(self._local, name, held)
-        return held[:n_bytes].view(dtype).view(shape)
+        n_bytes = math.prod(shape) * dtype.itemsize
+        held: dict[tuple[str, bool], torch.Tensor] = self._local.__dict__.setdefault("held", {})
+        buffer = held.get((name, pinned))
+        if buffer is None or buffer.numel() < n_bytes:
+            buffer = held[name, pinned] = torch.empty(max(n_bytes, 1 << 16), dtype=torch.uint8, pin_memory=pinned)
+        return buffer[:n_bytes].view(dtype).view(shape)
 
     def fetch(
         self,
@@ -76,7 +77,8 @@ class Staging:
         first, last : int
             Columns of the selection.
         """
-        n_rows, n_heads, _ = selection.pages.shape
+        counts = np.asarray(selection.counts)[:, :, first:last]  # a copy at each access
+        n_rows, n_heads, _ = counts.shape
         shape = (n_rows, n_heads, last - first, PAGE_TOKENS)
         pinned = device.type == "cuda"
         with recorder.part("transfer"):
@@ -84,7 +86,6 @@ class Staging:
             values = self._buffer("values", (*shape, value_dim), dtype, pinned)
             recorder.bytes_to_device += selection.gather(pool, first, last, as_bytes(keys), as_bytes(values))
             keys, values = keys.flatten(2, 3).to(device), values.flatten(2, 3).to(device)
-            counts = np.asarray(selection.counts)[:, :, first:last]
             n_pages = int(np.count_nonzero(counts))
             recorder.pages_read += n_pages
             mask = slot_mask(counts, device)
