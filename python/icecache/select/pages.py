@@ -9,7 +9,6 @@ import numpy as np
 from icecache import _core
 from icecache.select.base import Read, Request, Services
 
-
 MIN_CANDIDATES = 112
 CANDIDATES_PER_PAGE = 24
 """Pages scored exactly per page read, beside the index's own minimum. The index's default of 6 is enough on sharp
