@@ -29,7 +29,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def softmax(queries: Floats, keys: Floats) -> NDArray[np.float64]:
-    """True attention weights ``(n_queries, n_tokens)``."""
+    """Compute the true attention weights ``(n_queries, n_tokens)``."""
     logits = (queries @ keys.T).astype(np.float64) / math.sqrt(keys.shape[1])
     weight = np.exp(logits - logits.max(1, keepdims=True))
     return weight / weight.sum(1, keepdims=True)
@@ -118,35 +118,35 @@ def table(args: argparse.Namespace, pool: _core.Pool) -> list[dict[str, object]]
     return rows
 
 
+def probe_cost(
+    pool: _core.Pool, case: tuple[_core.Forest, Floats, list[NDArray[np.float64]]], k: int, probe: float | None
+) -> tuple[float, float, float]:
+    """Measure the mean mass of the pages found, the page summaries visited, and the microseconds of a search."""
+    forest, queries, weights = case
+    scaling = queries.shape[-1] ** -0.5
+    masses, visited, times = [], [], []
+    for step, weight in zip(queries, weights, strict=True):
+        start = time.perf_counter()
+        found = _core.search(pool, [forest], step[None, None].copy(), k, scaling=scaling, probe_mass=probe)
+        times.append(time.perf_counter() - start)
+        masses.append(weight[:, chosen_tokens(found)].sum(1).mean())
+        visited.append(int(np.asarray(found.visited).sum()))
+    return float(np.mean(masses)), float(np.mean(visited)), 1e6 * float(np.median(times))
+
+
 def curve(args: argparse.Namespace, pool: _core.Pool) -> list[dict[str, object]]:
     """Print mass lost against the flat scan, by share of the page summaries visited."""
     rows: list[dict[str, object]] = []
-    scaling = 128**-0.5
     for kind in args.kinds:
         keys, queries = attention_keys(kind, args.tokens, n_queries=args.queries, seed=0)
         forest, _ = build(keys, pool)
-        weights = [softmax(step, keys) for step in queries]
-
-        def mass_of(probe: float | None, forest: _core.Forest = forest, weights: list[NDArray[np.float64]] = weights,
-                    queries: Floats = queries) -> tuple[float, float, float]:  # fmt: skip
-            masses, visited, seconds = [], [], 0.0
-            for step, weight in zip(queries, weights, strict=True):
-                start = time.perf_counter()
-                found = _core.search(
-                    pool, [forest], step[None, None].copy(), args.pages[-1], scaling=scaling, probe_mass=probe
-                )
-                seconds += time.perf_counter() - start
-                masses.append(weight[:, chosen_tokens(found)].sum(1).mean())
-                visited.append(int(np.asarray(found.visited).sum()))
-            return float(np.mean(masses)), float(np.mean(visited)), 1e6 * seconds / len(queries)
-
-        flat, all_pages, flat_us = mass_of(1.0)
-        print(
-            f"\n{kind}, {args.tokens} keys, {args.pages[-1]} pages read, group of 4; flat scan: mass {flat:.3f}, {flat_us:.0f} us"
-        )
+        case = forest, queries, [softmax(step, keys) for step in queries]
+        flat, all_pages, flat_us = probe_cost(pool, case, args.pages[-1], 1.0)
+        print(f"\n{kind}, {args.tokens} keys, {args.pages[-1]} pages read, group of 4")
+        print(f"flat scan: mass {flat:.3f}, {flat_us:.0f} us")
         print(f"{'probe':>8}{'visited':>9}{'mass lost':>11}{'time':>7}")
         for probe in (0.5, 0.7, 0.8, 0.9, 0.95, 0.99, None):
-            mass, visited, us = mass_of(probe)
+            mass, visited, us = probe_cost(pool, case, args.pages[-1], probe)
             name = "default" if probe is None else f"{probe:.2f}"
             print(f"{name:>8}{visited / all_pages:9.2f}{flat - mass:11.4f}{us / flat_us:7.2f}")
             rows.append({"kind": kind, "n": args.tokens, "probe": name, "visited": visited / all_pages, "lost": flat - mass,

