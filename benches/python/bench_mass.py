@@ -149,8 +149,8 @@ def curve(args: argparse.Namespace, pool: _core.Pool) -> list[dict[str, object]]
             mass, visited, us = probe_cost(pool, case, args.pages[-1], probe)
             name = "default" if probe is None else f"{probe:.2f}"
             print(f"{name:>8}{visited / all_pages:9.2f}{flat - mass:11.4f}{us / flat_us:7.2f}")
-            rows.append({"kind": kind, "n": args.tokens, "probe": name, "visited": visited / all_pages, "lost": flat - mass,
-                         "us": us, "flat_us": flat_us})  # fmt: skip
+            cost = {"visited": visited / all_pages, "lost": flat - mass, "us": us, "flat_us": flat_us}
+            rows.append({"kind": kind, "n": args.tokens, "probe": name, **cost})
     return rows
 
 
