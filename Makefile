@@ -18,8 +18,10 @@ demo: build
 test: lint test-rust test-oldest test-python
 
 bench: build
-	cargo bench -p icecache-core
+	cargo run -q --release -p icecache-core --features bench --example ratios -- 36864 307200
+	cargo run -q --release -p icecache-core --example paper
 	$(BIN)/python benches/python/bench_mass.py
+	$(BIN)/python benches/python/bench_mass.py curve --tokens 307200 --queries 24
 
 lint: build
 	cargo fmt --all --check
