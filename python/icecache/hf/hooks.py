@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from icecache.config import PAGE_TOKENS
 from icecache.errors import CacheStateError, PoolExhaustedError, UnsupportedModelError
@@ -98,7 +98,12 @@ class ModelHooks:
         if type(cache) is not DynamicCache or any(_is_ours(layer) or _is_filled(layer) for layer in cache.layers):
             return
         recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
-        cache.layers[:] = self.new_layers()
+        layers = self.new_layers()
+        if not cache.layers:
+            # Made without a config, so the caller wants no layer to forget: transformers before 5.18 does this for
+            # assisted decoding, which has to crop.
+            layers = [DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in layers]
+        cache.layers[:] = layers
         cache.layer_class_to_replicate = None
         if recording:
             cache.activate_past_recording()
