@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -273,16 +273,17 @@ class Index:
             file.write(data)
             return
         target = Path(file)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        # Not mkstemp: it would make the file private, whatever the user's umask says.
+        beside = target.parent / f".{target.name}.{secrets.token_hex(8)}"
         try:
-            with os.fdopen(handle, "wb") as stream:
+            with beside.open("xb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())
-            Path(name).replace(target)
+            beside.replace(target)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
-                Path(name).unlink()
+                beside.unlink()
             raise
 
     @classmethod

@@ -119,3 +119,10 @@ def test_another_version_is_named():
 def test_a_format_error_is_a_value_error_and_one_of_ours():
     assert issubclass(IndexFormatError, ValueError)
     assert issubclass(IndexFormatError, IceCacheError)
+
+
+def test_a_saved_file_has_the_permissions_of_any_new_file(tmp_path):
+    Index(4).save(tmp_path / "index.ice")
+    (tmp_path / "ordinary").write_bytes(b"")
+    assert (tmp_path / "index.ice").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["index.ice", "ordinary"]
