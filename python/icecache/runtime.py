@@ -164,8 +164,8 @@ class IceRuntime:
 
     def stats(self) -> RuntimeStats:
         """Counters since ``wrap`` or :meth:`reset_stats`. Waits for the device."""
-        recorder, layers = self._recorder, list(self._engine.layers)
-        mass = sum(float(held) for held in self._services.mass.values())
+        recorder, layers = self._recorder, self._engine.live_layers()
+        mass = sum(float(held) for held in list(self._services.mass.values()))
         pages = [layer.pages for layer in layers if layer.pages is not None]
         dense = [pair for layer in layers if (pair := layer.dense_pair()) is not None]
         return RuntimeStats(

@@ -72,7 +72,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self.unsupported: str | None = None
         self.may_be_shared = True
         self._forget()
-        engine.layers.add(self)
+        engine.register(self)
 
     def _forget(self) -> None:
         self.is_initialized = False

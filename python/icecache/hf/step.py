@@ -36,7 +36,18 @@ class Engine:
     sparse_chunks: bool
     """Whether later chunks are processed token by token (asked for, or the policy keeps no middle)."""
     closed: bool = False
-    layers: weakref.WeakSet[RetrievalLayer] = field(default_factory=weakref.WeakSet)
+    _layers: weakref.WeakSet[RetrievalLayer] = field(default_factory=weakref.WeakSet)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def register(self, layer: RetrievalLayer) -> None:
+        """Count `layer` among the live ones until it dies."""
+        with self._lock:
+            self._layers.add(layer)
+
+    def live_layers(self) -> list[RetrievalLayer]:
+        """All layers of all caches that are alive; other threads may go on making caches meanwhile."""
+        with self._lock:
+            return list(self._layers)
 
 
 @dataclass(eq=False, slots=True)

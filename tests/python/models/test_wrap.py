@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -224,3 +225,24 @@ def test_settings_come_from_a_config_and_overrides_win():
     model = build("llama")
     with IceRuntime.wrap(model, IceConfig(budget=128, dense_below=0), budget=96) as runtime:
         assert runtime.config == IceConfig(budget=96, dense_below=0)
+
+
+def test_stats_can_be_read_while_another_thread_makes_caches():
+    with IceRuntime.wrap(build("llama"), budget=64) as runtime:
+        failed: list[RuntimeError] = []
+        done = threading.Event()
+
+        def read() -> None:
+            try:
+                while not done.is_set():
+                    runtime.stats()
+            except RuntimeError as error:
+                failed.append(error)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        kept = [runtime.new_cache() for _ in range(400)]
+        done.set()
+        reader.join()
+        assert not failed
+        assert len(kept) == 400
