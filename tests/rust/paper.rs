@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
+use crate::support::noise;
 use icecache_core::paper::{Anchors, Field, Mdci, MdciOptions, Scratch, TokenId};
 use icecache_core::{Dtype, Error, PageLayout, PageRef, PageStore, StoreOptions};
 use proptest::prelude::*;
@@ -22,15 +23,6 @@ fn store(dtype: Dtype, dim: usize, limit_bytes: Option<usize>) -> Arc<PageStore>
 /// Whole numbers from -8 to 8: products are exact in every dtype.
 fn whole(n: usize, seed: u64) -> Vec<f32> {
     noise(n, seed).into_iter().map(|x| (x * 8.5).trunc()).collect()
-}
-
-fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
 }
 
 fn bytes(dtype: Dtype, x: &[f32]) -> Vec<u8> {

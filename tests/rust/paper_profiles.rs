@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use crate::support::{bytes, noise};
 use icecache_core::paper::{Mdci, MdciOptions, PageIndex};
 use icecache_core::{Dtype, Forest, PageLayout, PageStore, StoreOptions};
 use rayon::ThreadPool;
@@ -20,19 +21,6 @@ fn both() -> [(&'static str, Box<dyn PageIndex>); 2] {
     };
     let paper = Mdci::new(store(), MdciOptions::for_dtype(Dtype::F32)).unwrap();
     [("ice", Box::new(Forest::new(store(), 1).unwrap())), ("paper", Box::new(paper))]
-}
-
-fn noise(n: usize, seed: u64) -> Vec<f32> {
-    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-    let mut next = || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
-}
-
-fn bytes(x: &[f32]) -> Vec<u8> {
-    x.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
 fn tokens(index: &dyn PageIndex) -> Vec<usize> {

@@ -101,15 +101,7 @@ mod tests {
     use super::{CHOICES, reassign};
     use crate::layout::Dtype;
     use crate::math::{dot_f64, rank_key};
-
-    fn noise(n: usize, seed: u64) -> Vec<f32> {
-        let mut state = seed;
-        let mut next = || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (state >> 33) as f32 / (1_u64 << 30) as f32 - 1.0
-        };
-        (0..n).map(|_| next()).collect()
-    }
+    use crate::pack::tests::noise;
 
     fn in_runs(n: usize) -> Vec<Vec<u16>> {
         (0..n as u16).collect::<Vec<u16>>().chunks(16).map(<[u16]>::to_vec).collect()
