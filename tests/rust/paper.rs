@@ -3,17 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
-use crate::support::noise;
+use crate::support::{noise, pool};
 use icecache_core::paper::{Anchors, Field, Mdci, MdciOptions, Scratch, TokenId};
 use icecache_core::{Dtype, Error, PageLayout, PageRef, PageStore, StoreOptions};
 use proptest::prelude::*;
-use rayon::ThreadPool;
 
 const DIM: usize = 6;
-
-fn pool(threads: usize) -> ThreadPool {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
-}
 
 fn store(dtype: Dtype, dim: usize, limit_bytes: Option<usize>) -> Arc<PageStore> {
     let layout = PageLayout::new(dtype, dim, 1).unwrap();
