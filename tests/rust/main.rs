@@ -3,6 +3,7 @@
 
 mod basics;
 mod concurrency;
+mod in_place;
 mod model;
 mod paper;
 mod paper_profiles;

@@ -25,11 +25,14 @@ const ALIGN: usize = 64;
 /// Where the memory of a store comes from; the runtime supplies pinned memory through this.
 ///
 /// # Safety
-/// `allocate` returns `None` or zeroed memory of the given size and alignment that nobody else uses until it is given
-/// back to `deallocate`.
+/// `allocate` returns zeroed memory of the given size and alignment that nobody else uses until it is given back to
+/// `deallocate`.
 pub unsafe trait SlabAllocator: Send + Sync + fmt::Debug {
-    /// Zeroed memory, or `None` when there is none.
-    fn allocate(&self, layout: Layout) -> Option<NonNull<u8>>;
+    /// Zeroed memory.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`] or [`Error::HostMemory`] when there is none.
+    fn allocate(&self, layout: Layout) -> Result<NonNull<u8>>;
     /// Takes memory back.
     ///
     /// # Safety
@@ -55,10 +58,11 @@ impl HeapSlabs {
 // SAFETY: the memory comes zeroed from `alloc_zeroed`, `layout.size()` bytes follow the returned address, and that
 // address is a multiple of the alignment.
 unsafe impl SlabAllocator for HeapSlabs {
-    fn allocate(&self, layout: Layout) -> Option<NonNull<u8>> {
-        let padded = Self::padded(layout)?;
+    fn allocate(&self, layout: Layout) -> Result<NonNull<u8>> {
+        let none = Error::OutOfMemory { bytes: layout.size() };
+        let Some(padded) = Self::padded(layout) else { return Err(none) };
         // SAFETY: `padded` has at least the natural alignment's bytes, so its size is not 0.
-        let start = NonNull::new(unsafe { std::alloc::alloc_zeroed(padded) })?;
+        let Some(start) = NonNull::new(unsafe { std::alloc::alloc_zeroed(padded) }) else { return Err(none) };
         let align = layout.align().max(padded.align());
         // At least the natural alignment, because the start is a multiple of that: room for one usize.
         let offset = align - start.as_ptr() as usize % align;
@@ -68,7 +72,7 @@ unsafe impl SlabAllocator for HeapSlabs {
         let note = unsafe { slab.cast::<usize>().sub(1) };
         // SAFETY: as above; `slab` and so `note` are aligned for a usize, and nobody else knows the memory yet.
         unsafe { note.write(offset) };
-        Some(slab)
+        Ok(slab)
     }
 
     unsafe fn deallocate(&self, slab: NonNull<u8>, layout: Layout) {
@@ -192,6 +196,18 @@ impl PageStore {
         self.reserved_slabs.load(Ordering::Relaxed) * self.slab_layout_bytes()
     }
 
+    /// Takes slabs from the allocator until `bytes` more of pages can be handed out, or the limit is reached.
+    /// Blocking: takes the store's lock, and pinning memory is slow (about 0.2 s a GiB).
+    ///
+    /// # Errors
+    /// If the allocator has no more memory; slabs it gave before stay.
+    pub fn reserve_bytes(&self, bytes: usize) -> Result<()> {
+        let mut free = lock(&self.free);
+        // Relaxed: only changed under the lock held here.
+        let available = self.limit_pages - self.used_pages.load(Ordering::Relaxed);
+        self.reserve(&mut free, bytes.div_ceil(self.page_bytes).min(available))
+    }
+
     /// Whether `page` still names the content it named when it was handed out.
     #[must_use]
     pub fn is_current(&self, page: PageRef) -> bool {
@@ -267,8 +283,7 @@ impl PageStore {
     fn reserve(&self, free: &mut Free, n: usize) -> Result<()> {
         while free.returned.len() + ((free.n_slabs << self.slab_shift) - free.next as usize) < n {
             let bytes = self.slab_layout_bytes();
-            let memory = self.slab_layout().and_then(|layout| self.allocator.allocate(layout));
-            let memory = memory.ok_or(Error::OutOfMemory { bytes })?;
+            let memory = self.allocator.allocate(self.slab_layout().ok_or(Error::OutOfMemory { bytes })?)?;
             let generations = (0..1 << self.slab_shift).map(|_| AtomicU32::new(0)).collect();
             let (bucket, place, length) = Self::bucket(free.n_slabs);
             let bucket = self.buckets[bucket].get_or_init(|| (0..length).map(|_| OnceLock::new()).collect());

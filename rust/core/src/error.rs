@@ -64,6 +64,16 @@ pub enum Error {
         /// Size of the slab.
         bytes: usize,
     },
+    /// The host has no room for more memory of the kind asked for.
+    #[error("host memory: {needed} bytes needed, {available} available ({reason})")]
+    HostMemory {
+        /// Bytes asked for.
+        needed: usize,
+        /// Bytes that could be had.
+        available: usize,
+        /// What limits it, and the remedy.
+        reason: String,
+    },
     /// The same forest was passed twice to an operation that writes.
     #[error("row {row} is a forest that an earlier row already names")]
     DuplicateForest {

@@ -16,7 +16,9 @@ impl IntoPy for Error {
     fn into_py(self, _py: Python<'_>) -> PyErr {
         let message = self.to_string();
         match self {
-            Self::MemoryLimit { .. } | Self::OutOfMemory { .. } => PyMemoryError::new_err(message),
+            Self::MemoryLimit { .. } | Self::OutOfMemory { .. } | Self::HostMemory { .. } => {
+                PyMemoryError::new_err(message)
+            }
             Self::Invariant(_) => PyRuntimeError::new_err(message),
             // Everything else is an argument that does not fit.
             _ => PyValueError::new_err(message),

@@ -91,7 +91,7 @@ impl PageStore {
 ///     1..=65536.
 #[pyclass(frozen, module = "icecache._core")]
 pub(crate) struct Forest {
-    pub(crate) inner: core::Forest,
+    pub(crate) inner: Arc<core::Forest>,
 }
 
 impl Forest {
@@ -107,7 +107,9 @@ impl Forest {
     fn new(py: Python<'_>, store: &Bound<'_, PageStore>, n_kv_heads: &Bound<'_, PyAny>) -> PyResult<Self> {
         let n_heads = count(n_kv_heads, "n_kv_heads")?;
         let store = Arc::clone(&store.get().inner);
-        core::Forest::new(store, n_heads).map(|inner| Self { inner }).map_err(|error| error.into_py(py))
+        core::Forest::new(store, n_heads)
+            .map(|inner| Self { inner: Arc::new(inner) })
+            .map_err(|error| error.into_py(py))
     }
 
     /// KV heads.
@@ -128,7 +130,7 @@ impl Forest {
     /// A forest with the same tokens that shares all pages; neither sees tokens that the other adds later.
     fn fork(&self, py: Python<'_>) -> PyResult<Self> {
         let inner = run::<_, core::Error>(py, || Ok(self.inner.fork()))?;
-        Ok(Self { inner })
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Keep the first `n_tokens` tokens.

@@ -121,12 +121,12 @@ pub(crate) fn search(
     let candidates = optional_count(candidates, "candidates")?;
     let options = SearchOptions { k: count(k, "k")?, scaling, softcap, candidates, probe_mass, exact };
     let first = forests.first().map(|forest| &forest.get().inner);
-    let heads = first.map(core::Forest::n_heads);
+    let heads = first.map(|forest| forest.n_heads());
     let dim = first.map(|forest| forest.store().layout().key_dim);
     let queries = readonly::<f32>(queries, "queries", &[Some(forests.len()), heads, None, dim])?;
     let group = queries.shape()[2];
     let flat = slice(&queries, "queries")?;
-    let trees: Vec<&core::Forest> = forests.iter().map(|forest| &forest.get().inner).collect();
+    let trees: Vec<&core::Forest> = forests.iter().map(|forest| &*forest.get().inner).collect();
     let pool = &pool.get().inner;
     let found = run(py, || core::search(pool, &trees, flat, group, &options))?;
     Ok(Selection::new(found, &forests))
@@ -143,7 +143,7 @@ pub(crate) fn select_pages(
     let pages = readonly::<i64>(pages, "pages", &[Some(forests.len()), heads, None])?;
     let k = pages.shape()[2];
     let flat = slice(&pages, "pages")?;
-    let trees: Vec<&core::Forest> = forests.iter().map(|forest| &forest.get().inner).collect();
+    let trees: Vec<&core::Forest> = forests.iter().map(|forest| &*forest.get().inner).collect();
     let chosen = run(py, || core::select_pages(&trees, flat, k))?;
     Ok(Selection::new(chosen, &forests))
 }
@@ -151,7 +151,7 @@ pub(crate) fn select_pages(
 /// Every page of every head; K is the largest number of pages of a head.
 #[pyfunction]
 pub(crate) fn all_pages(py: Python<'_>, forests: Vec<Bound<'_, Forest>>) -> PyResult<Selection> {
-    let trees: Vec<&core::Forest> = forests.iter().map(|forest| &forest.get().inner).collect();
+    let trees: Vec<&core::Forest> = forests.iter().map(|forest| &*forest.get().inner).collect();
     let chosen = run(py, || core::all_pages(&trees))?;
     Ok(Selection::new(chosen, &forests))
 }

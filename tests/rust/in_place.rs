@@ -1,0 +1,64 @@
+//! Searches whose pages are read in place, by address.
+
+use icecache_core::{Error, PAGE_TOKENS, PageTable, SearchOptions, StoreOptions, View, search_view};
+
+use crate::support::{add, find, forest, forest_with, noise, pool};
+
+/// Addresses and live slots of the pages with the given ids.
+fn by_id(view: &View, ids: &[i64]) -> Vec<(u64, u16)> {
+    let page = |id: i64| view.pages().find(|page| i64::from(page.page.id.0) == id).unwrap();
+    ids.iter().filter(|&&id| id >= 0).map(|&id| (page(id).keys.as_ptr().addr() as u64, page(id).live)).collect()
+}
+
+#[test]
+fn a_search_in_place_names_the_pages_of_an_ordinary_search() {
+    let (pool, forest) = (pool(1), forest(2, 8));
+    for (n, seed) in [(2500, 1), (3, 2), (40, 3)] {
+        add(&pool, &forest, &noise(2 * n * 8, seed));
+        let options = SearchOptions::new(5, 0.3);
+        let queries = noise(2 * 3 * 8, 7 + seed);
+        let expected = find(&pool, &forest, &queries, &options);
+        let mut table = PageTable::default();
+        for head in 0..2 {
+            let view = expected.view(0, head);
+            search_view(view, &queries[head * 24..][..24], &options, 5, &mut table).unwrap();
+            let found: Vec<_> = table.addresses.iter().copied().zip(table.live.iter().copied()).collect();
+            assert_eq!(found, by_id(view, &expected.pages()[head * 5..][..5]));
+            assert_eq!(table.lse, expected.lse()[head * 6..][..6]);
+        }
+    }
+}
+
+#[test]
+fn a_tree_that_fits_the_budget_gives_all_its_pages_or_an_error() {
+    let (pool, forest) = (pool(1), forest(1, 4));
+    add(&pool, &forest, &noise(4, 1));
+    for seed in 2..60 {
+        add(&pool, &forest, &noise(4, seed));
+    }
+    let view = forest.heads()[0].view();
+    let (queries, options) = (noise(8, 5), SearchOptions::new(59_usize.div_ceil(PAGE_TOKENS), 1.0));
+    assert!(view.n_pages() > options.k, "the tail's pages are not full");
+    let mut table = PageTable::default();
+    search_view(&view, &queries, &options, 16, &mut table).unwrap();
+    assert_eq!(table.live.iter().map(|live| live.count_ones()).sum::<u32>(), 59);
+    assert_eq!(table.lse, [0.0; 4]);
+    let error = search_view(&view, &queries, &options, view.n_pages() - 1, &mut table).unwrap_err();
+    assert!(matches!(error, Error::OutOfRange { limit, received, .. } if limit + 1 == received));
+    let infinite = [f32::INFINITY, 0.0, 0.0, 0.0];
+    let error = search_view(&view, &infinite, &options, 16, &mut table).unwrap_err();
+    assert!(matches!(error, Error::NotFinite { argument: "queries", vector: 0, .. }));
+}
+
+#[test]
+fn reserved_bytes_are_taken_ahead_and_never_above_the_limit() {
+    let options = StoreOptions { slab_bytes: 1 << 12, limit_bytes: Some(1 << 14), ..StoreOptions::default() };
+    let forest = forest_with(1, 8, options);
+    let store = forest.store();
+    store.reserve_bytes(5000).unwrap();
+    assert_eq!((store.used_bytes(), store.reserved_bytes()), (0, 1 << 13));
+    add(&pool(1), &forest, &noise(8 * 64, 1));
+    assert_eq!(store.reserved_bytes(), 1 << 13, "the pages lie in the reserved slabs");
+    store.reserve_bytes(1 << 20).unwrap();
+    assert_eq!(store.reserved_bytes(), 1 << 14);
+}
