@@ -1,6 +1,6 @@
 //! One forest, one thread, ordinary data.
 
-use icecache_core::{SearchOptions, all_pages, brute_pages, search, select_pages};
+use icecache_core::{Forest, Sealing, SearchOptions, all_pages, brute_pages, search, select_pages};
 
 use crate::support::{add, bytes, forest, noise, pool};
 
@@ -17,6 +17,25 @@ fn every_row_reads_back_after_a_bulk_build_and_inserts() {
     forest.read(0, 2500, &mut k, &mut v).unwrap();
     assert_eq!(k, bytes(&keys));
     assert!(forest.counters().splits > 0);
+}
+
+#[test]
+fn a_tail_that_is_never_sealed_keeps_every_row_and_can_be_cut() {
+    let (pool, sealed) = (pool(1), forest(1, 8));
+    let open = Forest::with_sealing(std::sync::Arc::clone(sealed.store()), 1, Sealing::Never).unwrap();
+    let keys = noise(3000 * 8, 15);
+    for piece in keys.chunks(100 * 8) {
+        add(&pool, &open, piece);
+        add(&pool, &sealed, piece);
+    }
+    open.validate().unwrap();
+    assert_eq!([sealed.counters().segments, open.counters().segments], [2, 0]);
+    assert!(open.n_pages()[0] > sealed.n_pages()[0], "splits leave room in pages");
+    open.crop(2500).unwrap();
+    open.validate().unwrap();
+    let (mut k, mut v) = (vec![0; 2500 * 32], vec![0; 2500 * 32]);
+    open.read(0, 2500, &mut k, &mut v).unwrap();
+    assert_eq!(k, bytes(&keys[..2500 * 8]));
 }
 
 #[test]

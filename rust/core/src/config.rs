@@ -34,6 +34,16 @@ pub(crate) const MIN_PROBED_PART: usize = 6;
 /// Default of [`SearchOptions::probe_mass`].
 pub(crate) const PROBE_MASS: f32 = 0.9;
 
+/// When the tail of a tree is packed into segments.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Sealing {
+    /// As soon as it holds 1024 tokens.
+    #[default]
+    Segments,
+    /// Never: full pages split for ever. Costs mass and time; the control of the drift benchmark.
+    Never,
+}
+
 /// How a search ranks and how much it looks at.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SearchOptions {

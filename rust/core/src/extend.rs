@@ -36,7 +36,8 @@ pub fn extend(pool: &ThreadPool, rows: &[ExtendRow<'_>]) -> Result<()> {
     check_finite(pool, rows, &counts)?;
     let mut writers = lock_all(rows)?;
     let trees: Vec<Tree<'_>> = (0..rows.len()).flat_map(|r| trees_of_row(r, rows[r], counts[r])).collect();
-    let plans: Vec<Plan<'_>> = trees.iter().map(|tree| Plan::new(&tree.view, tree.rows)).collect();
+    let plans: Vec<Plan<'_>> =
+        trees.iter().map(|tree| Plan::new(&tree.view, tree.rows, rows[tree.row].forest.sealing())).collect();
     // Pages are taken here, in order and before anything else: a full store changes nothing, and ids do not depend
     // on how the work is spread over threads.
     let leases = plans

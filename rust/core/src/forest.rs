@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::{Lease, PageStore};
-use crate::config::SEGMENT_TOKENS;
+use crate::config::{SEGMENT_TOKENS, Sealing};
 use crate::error::{Error, Result};
 use crate::head::HeadIndex;
 use crate::page::Owner;
@@ -41,6 +41,7 @@ pub(crate) struct Writer {
 pub struct Forest {
     store: Arc<PageStore>,
     heads: Vec<HeadIndex>,
+    sealing: Sealing,
     /// Tokens that all heads have published.
     tokens: AtomicUsize,
     writer: Mutex<Writer>,
@@ -52,18 +53,32 @@ impl Forest {
     /// # Errors
     /// If `n_heads` is 0 or above 65536.
     pub fn new(store: Arc<PageStore>, n_heads: usize) -> Result<Self> {
+        Self::with_sealing(store, n_heads, Sealing::default())
+    }
+
+    /// An empty sequence that seals its tails in another way.
+    ///
+    /// # Errors
+    /// As for [`Forest::new`].
+    pub fn with_sealing(store: Arc<PageStore>, n_heads: usize, sealing: Sealing) -> Result<Self> {
         if n_heads == 0 || n_heads > 1 << 16 {
             let received = n_heads.to_string();
             return Err(Error::Option { name: "n_kv_heads", expected: "1..=65536", received });
         }
         let heads = (0..n_heads).map(|_| HeadIndex::new(Arc::clone(&store))).collect();
-        Ok(Self::from_parts(store, heads, 0, false))
+        Ok(Self::from_parts(store, heads, sealing, 0, false))
     }
 
-    fn from_parts(store: Arc<PageStore>, heads: Vec<HeadIndex>, tokens: usize, removals: bool) -> Self {
+    fn from_parts(
+        store: Arc<PageStore>,
+        heads: Vec<HeadIndex>,
+        sealing: Sealing,
+        tokens: usize,
+        removals: bool,
+    ) -> Self {
         let means = heads.iter().map(|_| None).collect();
         let writer = Writer { owner: Arc::default(), means, counters: Counters::default(), removals };
-        Self { store, heads, tokens: AtomicUsize::new(tokens), writer: Mutex::new(writer) }
+        Self { store, heads, sealing, tokens: AtomicUsize::new(tokens), writer: Mutex::new(writer) }
     }
 
     /// Store of its pages.
@@ -76,6 +91,10 @@ impl Forest {
     #[must_use]
     pub fn heads(&self) -> &[HeadIndex] {
         &self.heads
+    }
+
+    pub(crate) fn sealing(&self) -> Sealing {
+        self.sealing
     }
 
     /// Number of KV heads.
@@ -127,7 +146,7 @@ impl Forest {
     pub fn fork(&self) -> Self {
         let writer = self.lock_writer();
         let heads = self.heads.iter().map(HeadIndex::fork).collect();
-        Self::from_parts(Arc::clone(&self.store), heads, self.len(), writer.removals)
+        Self::from_parts(Arc::clone(&self.store), heads, self.sealing, self.len(), writer.removals)
     }
 
     /// Keeps the first `n` tokens; afterwards the forest equals one built from them. Blocking: waits for a writer.
@@ -233,7 +252,8 @@ impl Forest {
             segments += view.snapshot().segments.len() as u64;
             tail_tokens += u64::from(view.tail_limit());
         }
-        debug_assert_eq!(segments as usize, self.len() / SEGMENT_TOKENS * self.n_heads(), "segments follow the length");
+        let follows = segments as usize == self.len() / SEGMENT_TOKENS * self.n_heads();
+        debug_assert!(follows || self.sealing == Sealing::Never, "segments follow the length");
         Counters { segments, tail_tokens, ..writer.counters }
     }
 }

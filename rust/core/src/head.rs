@@ -55,13 +55,13 @@ impl HeadIndex {
 
     /// Pages that `crop(n)` needs.
     pub(crate) fn pages_for_crop(view: &View, n: usize) -> usize {
-        let start = n / SEGMENT_TOKENS * SEGMENT_TOKENS;
+        let start = view.segments_for_crop(n) * SEGMENT_TOKENS;
         view.rows(start, n).len().div_ceil(crate::config::PAGE_TOKENS)
     }
 
     /// Keeps the first `n` tokens: whole segments stay, the rest is packed again like the tail of a bulk build.
     pub(crate) fn crop(view: &View, n: usize, lease: Lease, owner: &Arc<Owner>) -> Snapshot {
-        let n_segments = n / SEGMENT_TOKENS;
+        let n_segments = view.segments_for_crop(n);
         let start = n_segments * SEGMENT_TOKENS;
         let rows: Vec<_> = view.rows(start, n).into_iter().map(|(p, row)| ((p - start) as u32, row)).collect();
         let tail = pack_tail(lease, owner, &rows);

@@ -43,7 +43,7 @@ pub mod vector;
 
 pub use arena::{HeapSlabs, PageStore, SlabAllocator, StoreOptions};
 pub use brute::brute_pages;
-pub use config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, SearchOptions};
+pub use config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, Sealing, SearchOptions};
 pub use error::{Error, Result};
 pub use extend::{ExtendRow, extend};
 pub use forest::{Counters, Forest};

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::Lease;
-use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS};
+use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS, Sealing};
 use crate::page::{Owner, Row};
 use crate::segment::{Segment, SegmentRow};
 use crate::snapshot::{Snapshot, View};
@@ -76,7 +76,7 @@ impl Job<'_> {
 
 /// The pieces of one tree's extension before they have pages.
 pub(crate) enum Plan<'a> {
-    /// Fewer than 1024 tokens in the tail afterwards: insert.
+    /// Fewer than 1024 tokens in the tail afterwards, or it is never sealed: insert.
     Insert { pages: usize },
     /// Segments, then a packed tail (possibly empty).
     Rebuild { segments: Vec<Vec<SegmentRow<'a>>>, tail: Vec<(u32, Row<'a>)> },
@@ -84,9 +84,9 @@ pub(crate) enum Plan<'a> {
 
 impl<'a> Plan<'a> {
     /// Decides for a tree seen as `view` that gains `rows`.
-    pub(crate) fn new(view: &'a View, rows: NewRows<'a>) -> Self {
+    pub(crate) fn new(view: &'a View, rows: NewRows<'a>, sealing: Sealing) -> Self {
         let old = view.tail_limit() as usize;
-        if old > 0 && old + rows.len() < SEGMENT_TOKENS {
+        if old > 0 && (old + rows.len() < SEGMENT_TOKENS || sealing == Sealing::Never) {
             return Plan::Insert { pages: pages_for_inserts(rows.len(), view.snapshot().tail.len()) };
         }
         let start = view.snapshot().tail_start();

@@ -180,6 +180,11 @@ impl View {
         self.tokens
     }
 
+    /// Segments that lie within the first `n` tokens.
+    pub(crate) fn segments_for_crop(&self, n: usize) -> usize {
+        self.snapshot.segments.len().min(n / SEGMENT_TOKENS)
+    }
+
     /// Tokens of the tail seen.
     pub(crate) fn tail_limit(&self) -> u32 {
         (self.tokens - self.snapshot.tail_start()) as u32

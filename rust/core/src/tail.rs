@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::Lease;
-use crate::config::PAGE_TOKENS;
+use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS};
 use crate::layout::{Dtype, PageLayout};
 use crate::math::{dots, rank_index, rank_key};
 use crate::pack::pack;
@@ -71,20 +71,24 @@ pub(crate) fn pages_for_inserts(n: usize, n_pages: usize) -> usize {
 /// Packs rows (ascending tokens, relative to the tail) greedily into open pages: the tail of a bulk build.
 pub(crate) fn pack_tail(mut lease: Lease, owner: &Arc<Owner>, rows: &[(u32, Row<'_>)]) -> Vec<TailEntry> {
     let layout = lease.store().layout();
-    let mut keys = vec![0.0; rows.len() * layout.key_dim];
-    for ((_, row), key) in rows.iter().zip(keys.chunks_exact_mut(layout.key_dim)) {
-        decode(layout.dtype, row.key, key);
-    }
-    let fill = |members: Vec<u16>| {
-        let page = OpenPage::new(lease.take(1), owner);
-        for i in members {
-            let (token, row) = rows[i as usize];
-            let pushed = page.push(token, row);
-            debug_assert!(pushed, "a packed page holds at most 16 tokens");
+    let mut entries = Vec::with_capacity(rows.len().div_ceil(PAGE_TOKENS));
+    // More than a segment only where tails are never sealed.
+    for rows in rows.chunks(SEGMENT_TOKENS) {
+        let mut keys = vec![0.0; rows.len() * layout.key_dim];
+        for ((_, row), key) in rows.iter().zip(keys.chunks_exact_mut(layout.key_dim)) {
+            decode(layout.dtype, row.key, key);
         }
-        TailEntry::own(Arc::new(page))
-    };
-    pack(&keys, layout.key_dim).into_iter().map(fill).collect()
+        for members in pack(&keys, layout.key_dim) {
+            let page = OpenPage::new(lease.take(1), owner);
+            for i in members {
+                let (token, row) = rows[i as usize];
+                let pushed = page.push(token, row);
+                debug_assert!(pushed, "a packed page holds at most 16 tokens");
+            }
+            entries.push(TailEntry::own(Arc::new(page)));
+        }
+    }
+    entries
 }
 
 /// Inserts tokens one by one. Open pages are appended to in place, invisibly until the caller publishes.

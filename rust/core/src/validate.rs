@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
+use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, Sealing};
 use crate::error::{Error, Result};
 use crate::forest::Forest;
 use crate::rows::{decode, is_finite};
@@ -32,6 +32,10 @@ impl Forest {
                 ensure(self.store().is_current(page.page), || format!("page {:?} was freed", page.page))?;
             }
             let named = |error| Error::Invariant(format!("head {h}: {error}"));
+            let n_segments = view.snapshot().segments.len();
+            ensure(self.sealing() == Sealing::Never || n_segments == view.tokens() / SEGMENT_TOKENS, || {
+                format!("head {h}: {n_segments} segments for {} tokens", view.tokens())
+            })?;
             validate_tree(&view, writer.removals).map_err(named)?;
             if let Some(means) = &writer.means[h] {
                 let fresh = TailMeans::of(&view.snapshot().tail, view.tail_limit(), self.store().layout());
@@ -46,10 +50,6 @@ impl Forest {
 
 /// Without `removals` every token below the length must be there.
 fn validate_tree(view: &View, removals: bool) -> Result<()> {
-    let n_segments = view.snapshot().segments.len();
-    ensure(n_segments == view.tokens() / SEGMENT_TOKENS, || {
-        format!("{n_segments} segments for {} tokens", view.tokens())
-    })?;
     let mut seen = HashSet::new();
     for (ordinal, page) in view.ordered_pages() {
         validate_page(view, ordinal, &page)?;
