@@ -72,6 +72,7 @@ unsafe impl SlabAllocator for HeapSlabs {
         let note = unsafe { slab.cast::<usize>().sub(1) };
         // SAFETY: as above; `slab` and so `note` are aligned for a usize, and nobody else knows the memory yet.
         unsafe { note.write(offset) };
+        ask_for_huge_pages(slab, layout.size());
         Ok(slab)
     }
 
@@ -87,6 +88,25 @@ unsafe impl SlabAllocator for HeapSlabs {
         unsafe { std::alloc::dealloc(start.as_ptr(), padded) }
     }
 }
+
+/// Asks the system to back fresh memory by huge pages, one fault for 2 MiB instead of 512; where it says no, nothing
+/// changes. A build of 36,864 keys of dim 128, float32, with values: 2.4 -> 1.9 us a key (2 shared cores, AMD EPYC).
+#[cfg(all(target_os = "linux", not(miri)))]
+fn ask_for_huge_pages(memory: NonNull<u8>, bytes: usize) {
+    const HUGE_PAGE: usize = 2 << 20;
+    let before = memory.as_ptr().align_offset(HUGE_PAGE);
+    let inside = bytes.saturating_sub(before) / HUGE_PAGE * HUGE_PAGE;
+    if inside == 0 {
+        return;
+    }
+    // SAFETY: `before + inside <= bytes`, so the start lies inside the allocation.
+    let start = unsafe { memory.add(before) };
+    // SAFETY: the range lies inside an allocation of ours; the advice does not change what the memory holds.
+    let _ = unsafe { libc::madvise(start.as_ptr().cast(), inside, libc::MADV_HUGEPAGE) };
+}
+
+#[cfg(not(all(target_os = "linux", not(miri))))]
+fn ask_for_huge_pages(_: NonNull<u8>, _: usize) {}
 
 /// Options of a store.
 #[derive(Debug)]
