@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from icecache.config import IceConfig as IceConfig
     from icecache.errors import CacheStateError as CacheStateError
     from icecache.errors import ConfigError as ConfigError
+    from icecache.errors import EngineError as EngineError
     from icecache.errors import IceCacheError as IceCacheError
     from icecache.errors import IndexFormatError as IndexFormatError
     from icecache.errors import PoolExhaustedError as PoolExhaustedError
@@ -25,6 +26,7 @@ _HOME = {
     "IceConfig": "icecache.config",
     "CacheStateError": "icecache.errors",
     "ConfigError": "icecache.errors",
+    "EngineError": "icecache.errors",
     "IceCacheError": "icecache.errors",
     "IndexFormatError": "icecache.errors",
     "PoolExhaustedError": "icecache.errors",
@@ -39,6 +41,7 @@ _HOME = {
 __all__ = [
     "CacheStateError",
     "ConfigError",
+    "EngineError",
     "IceCacheError",
     "IceConfig",
     "IceRuntime",

@@ -28,6 +28,150 @@ class Pool:
     def threads(self) -> int:
         """Number of worker threads."""
 
+def default_workers() -> int:
+    """Search workers that suit this machine; 0: fewer cores than a step with polling workers needs."""
+
+def topology() -> tuple[int, int, int]:
+    """Logical cores and physical cores of this process, and their NUMA nodes."""
+
+class HostMemory:
+    """Memory for the pages and mailboxes of one runtime, given back when its last user goes.
+
+    Parameters
+    ----------
+    pool : Pool
+        Its threads touch large pieces first, so that they land on the NUMA nodes the threads run on.
+    pin : {"never", "auto", "always", "simulated"}
+        Whether it is page-locked for CUDA device `device`: never; if that works, `fallback_reason()` says why not; or
+        else an error. "simulated" keeps the books without a device, for tests.
+    limit_bytes : int, optional
+        Most bytes held at a time; more raises `MemoryError`.
+    device : int, optional
+        Ordinal of the CUDA device, default 0.
+    simulated_limit : int, optional
+        Most bytes that the simulated device accepts.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        *,
+        pin: str = "never",
+        limit_bytes: int | None = None,
+        device: int | None = None,
+        simulated_limit: int | None = None,
+    ) -> None: ...
+    def reserved_bytes(self) -> int:
+        """Bytes held now."""
+    def pinned_bytes(self) -> int:
+        """Bytes held now that are page-locked."""
+    def pin_seconds(self) -> float:
+        """Seconds spent on committing and page-locking so far."""
+    def is_pinned(self) -> bool:
+        """Whether a device can read all of it in place."""
+    def fallback_reason(self) -> str | None:
+        """Why memory that should have been page-locked is pageable; None: nothing of the kind happened."""
+
+class Engine:
+    """Threads that search for a device, bound to cores, and threads that insert in the background.
+
+    Parameters
+    ----------
+    workers : int, optional
+        Search workers, 1..=256; default: `default_workers()`, which raises where that is 0.
+    pin_threads : bool
+        Bind them to cores.
+    linger_us : int, optional
+        How long workers poll for the next step before they sleep, microseconds.
+    patience_ms : int, optional
+        How long the end of a step waits for a worker that is still searching, milliseconds.
+    """
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        pin_threads: bool = True,
+        linger_us: int | None = None,
+        patience_ms: int | None = None,
+    ) -> None: ...
+    @property
+    def workers(self) -> int:
+        """Search workers."""
+    @property
+    def background_threads(self) -> int:
+        """Threads that insert."""
+    def mailbox(
+        self,
+        memory: HostMemory,
+        *,
+        n_layers: int,
+        n_rows: int,
+        n_kv_heads: int,
+        group: int,
+        key_dim: int,
+        capacity: int,
+        dtype: str,
+    ) -> Mailbox:
+        """Mailbox for up to `n_rows` sequences of `n_layers` layers that search.
+
+        `dtype` is that of the queries; an answer has at most `capacity` pages per (row, KV head).
+        """
+
+class Mailbox:
+    """Memory through which a device posts queries and gets pages, and the steps that use it. Made by `Engine.mailbox`.
+
+    Calls may come from any thread; the device must have finished a step before `end_step`, `abort` or the end of the
+    mailbox.
+    """
+
+    @property
+    def memory(self) -> _Bytes:
+        """Its bytes, not copied; the array keeps the mailbox alive. What lies where: `arrays`."""
+    @property
+    def arrays(self) -> dict[str, tuple[int, int]]:
+        """Offset and distance between layers, bytes, of each array."""
+    def bind(
+        self,
+        layer: int,
+        forests: list[Forest],
+        k: int,
+        *,
+        scaling: float,
+        softcap: float | None = None,
+        candidates: int | None = None,
+        probe_mass: float | None = None,
+        exact: bool = False,
+    ) -> None:
+        """Set the sequences of a search layer, one per row, and how they are searched, from the next step on."""
+    def insert(self, forests: list[Forest], keys: list[_Bytes], values: list[_Bytes]) -> None:
+        """Queue keys and values (H, n, bytes) of many sequences as one batch, all or nothing; returns at once, copies.
+
+        Steps see the tokens from the next ``begin_step(refresh=True)`` on.
+        """
+    def join_inserts(self) -> None:
+        """Wait for all queued inserts; raises the first failure. That batch and all after it did not go in."""
+    def inserts_done(self) -> bool:
+        """Whether all queued inserts are done."""
+    def begin_step(self, *, refresh: bool = False) -> int:
+        """Start a step and return its ticket, 1..2**32; workers answer from now on.
+
+        With `refresh`, or after `bind`, it waits for inserts and searches what the forests hold now; otherwise it
+        searches what the step before searched.
+        """
+    def end_step(self) -> None:
+        """End the step, which the device has finished; raises what went wrong. Without a step it does nothing."""
+    def abort(self) -> None:
+        """End the step, if there is one, whatever became of it. The device must have finished it."""
+    def unbind(self) -> None:
+        """Forget all sequences, so that their pages can be freed."""
+    def times(self) -> npt.NDArray[np.int64]:
+        """Of the last ended step (layers, 3), nanoseconds.
+
+        When each request was seen and when it was answered, since the step began; longest search of one (row, head).
+        """
+    def _fault(self, place: tuple[int, int] | None, stall_ms: int | None = None) -> None: ...
+
 class PageStore:
     """Memory for pages of 16 keys and 16 values, shared by any number of forests.
 
@@ -38,9 +182,20 @@ class PageStore:
     dtype : {"float32", "float16", "bfloat16"}
     limit_bytes : int, optional
         Most bytes of pages in use; a call that needs more raises `MemoryError` and changes nothing.
+    memory : HostMemory, optional
+        Where its memory comes from, in pieces of `slab_bytes`; default: the allocator of this process.
     """
 
-    def __init__(self, key_dim: int, value_dim: int, dtype: str, *, limit_bytes: int | None = None) -> None: ...
+    def __init__(
+        self,
+        key_dim: int,
+        value_dim: int,
+        dtype: str,
+        *,
+        limit_bytes: int | None = None,
+        memory: HostMemory | None = None,
+        slab_bytes: int | None = None,
+    ) -> None: ...
     @property
     def key_dim(self) -> int:
         """Elements of a key."""
@@ -57,6 +212,8 @@ class PageStore:
         """Bytes of the pages in use."""
     def reserved_bytes(self) -> int:
         """Bytes taken from the system."""
+    def reserve(self, n_bytes: int) -> None:
+        """Take memory now for `n_bytes` more of pages, up to the limit: page-locking it later would delay a step."""
 
 class Forest:
     """The keys and values of one sequence of one layer: a tree of pages per KV head, all of the same length.

@@ -27,6 +27,10 @@ class IndexFormatError(IceCacheError, ValueError):
     """Bytes or a file that are no index of this version: cut short, corrupted or foreign."""
 
 
+class EngineError(IceCacheError, RuntimeError):
+    """A decode step failed in the search workers: a panic, an overrun. The next step may work."""
+
+
 class PoolExhaustedError(IceCacheError, MemoryError):
     """Host memory for pages is used up. The sequence stays as it was before the step.
 

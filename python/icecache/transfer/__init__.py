@@ -1,4 +1,8 @@
-"""From pages on the host to tensors on the compute device: plain copies through reusable staging memory."""
+"""From pages on the host to the compute device: copies through staging memory, or a mailbox and pages read in place."""
 
+from icecache.transfer.mailbox import ADDRESS_BITS as ADDRESS_BITS
+from icecache.transfer.mailbox import MailboxShape as MailboxShape
+from icecache.transfer.mailbox import MailboxTensors as MailboxTensors
+from icecache.transfer.mailbox import open_mailbox as open_mailbox
 from icecache.transfer.staging import Fetched as Fetched
 from icecache.transfer.staging import Staging as Staging

@@ -26,21 +26,32 @@ impl IntoPy for Error {
     }
 }
 
+impl IntoPy for icecache_engine::Error {
+    fn into_py(self, py: Python<'_>) -> PyErr {
+        match self {
+            Self::Core(error) => error.into_py(py),
+            Self::Argument { .. } => PyValueError::new_err(self.to_string()),
+            Self::Query { .. } => error_of_package(py, "BadTensorError", self.to_string()),
+            _ => error_of_package(py, "EngineError", self.to_string()),
+        }
+    }
+}
+
 impl IntoPy for VectorError {
     fn into_py(self, py: Python<'_>) -> PyErr {
         match self {
             Self::Core(error) => error.into_py(py),
             Self::Memory { .. } => PyMemoryError::new_err(self.to_string()),
             Self::Missing(_) => PyKeyError::new_err(self.to_string()),
-            Self::Format(_) => index_format_error(py, self.to_string()),
+            Self::Format(_) => error_of_package(py, "IndexFormatError", self.to_string()),
             _ => PyValueError::new_err(self.to_string()),
         }
     }
 }
 
-/// `icecache.errors.IndexFormatError`, a `ValueError`.
-fn index_format_error(py: Python<'_>, message: String) -> PyErr {
-    let class = py.import("icecache.errors").and_then(|module| module.getattr("IndexFormatError"));
+/// A class of `icecache.errors`.
+fn error_of_package(py: Python<'_>, name: &str, message: String) -> PyErr {
+    let class = py.import("icecache.errors").and_then(|module| module.getattr(name));
     match class.and_then(|class| class.call1((message,))) {
         Ok(error) => PyErr::from_value(error),
         Err(error) => error,

@@ -11,6 +11,7 @@ use pyo3::types::PyDict;
 
 use crate::arrays::{count, optional_count, readonly, readwrite, slice, slice_mut};
 use crate::errors::{IntoPy, run};
+use crate::memory::HostMemory;
 use crate::pool::Pool;
 
 /// Memory for pages of 16 keys and 16 values, shared by any number of forests.
@@ -22,6 +23,8 @@ use crate::pool::Pool;
 /// dtype : {"float32", "float16", "bfloat16"}
 /// `limit_bytes` : int, optional
 ///     Most bytes of pages in use; a call that needs more raises `MemoryError` and changes nothing.
+/// memory : `HostMemory`, optional
+///     Where its memory comes from, in pieces of `slab_bytes`; default: the allocator of this process.
 #[pyclass(frozen, module = "icecache._core")]
 pub(crate) struct PageStore {
     inner: Arc<core::PageStore>,
@@ -30,17 +33,25 @@ pub(crate) struct PageStore {
 #[pymethods]
 impl PageStore {
     #[new]
-    #[pyo3(signature = (key_dim, value_dim, dtype, *, limit_bytes=None))]
+    #[pyo3(signature = (key_dim, value_dim, dtype, *, limit_bytes=None, memory=None, slab_bytes=None))]
     fn new(
         py: Python<'_>,
         key_dim: &Bound<'_, PyAny>,
         value_dim: &Bound<'_, PyAny>,
         dtype: &str,
         limit_bytes: Option<&Bound<'_, PyAny>>,
+        memory: Option<&Bound<'_, HostMemory>>,
+        slab_bytes: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let (key_dim, value_dim) = (count(key_dim, "key_dim")?, count(value_dim, "value_dim")?);
-        let options =
+        let mut options =
             StoreOptions { limit_bytes: optional_count(limit_bytes, "limit_bytes")?, ..StoreOptions::default() };
+        if let Some(memory) = memory {
+            options.allocator = Box::new(memory.get().inner.clone());
+        }
+        if let Some(bytes) = optional_count(slab_bytes, "slab_bytes")? {
+            options.slab_bytes = bytes;
+        }
         let make = || core::PageStore::new(PageLayout::new(Dtype::parse(dtype)?, key_dim, value_dim)?, options);
         make().map(|inner| Self { inner }).map_err(|error| error.into_py(py))
     }
@@ -77,6 +88,12 @@ impl PageStore {
     /// Bytes taken from the system.
     fn reserved_bytes(&self) -> usize {
         self.inner.reserved_bytes()
+    }
+
+    /// Take memory now for `n_bytes` more of pages, up to the limit: page-locking it later would delay a step.
+    fn reserve(&self, py: Python<'_>, n_bytes: &Bound<'_, PyAny>) -> PyResult<()> {
+        let n_bytes = count(n_bytes, "n_bytes")?;
+        run(py, || self.inner.reserve_bytes(n_bytes))
     }
 }
 

@@ -4,8 +4,10 @@
 //! which detaches from the interpreter and turns a panic of the core into a `RuntimeError`.
 
 mod arrays;
+mod engine;
 mod errors;
 mod forest;
+mod memory;
 mod pool;
 mod selection;
 mod vector;
@@ -16,7 +18,11 @@ use pyo3::prelude::*;
 #[pymodule(gil_used = false)]
 mod _core {
     #[pymodule_export]
+    use crate::engine::{Engine, Mailbox};
+    #[pymodule_export]
     use crate::forest::{Forest, PageStore, extend};
+    #[pymodule_export]
+    use crate::memory::{HostMemory, default_workers, topology};
     #[pymodule_export]
     use crate::pool::{Pool, simd};
     #[pymodule_export]

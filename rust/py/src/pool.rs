@@ -1,5 +1,6 @@
 //! Worker threads.
 
+use std::sync::Arc;
 use std::thread::available_parallelism;
 
 use icecache_core::instruction_set;
@@ -20,7 +21,7 @@ const MAX_THREADS: usize = 1024;
 ///     1..=1024. Default: `ICECACHE_NUM_THREADS`, or the cores this process may use.
 #[pyclass(frozen, module = "icecache._core")]
 pub(crate) struct Pool {
-    pub(crate) inner: ThreadPool,
+    pub(crate) inner: Arc<ThreadPool>,
 }
 
 #[pymethods]
@@ -37,7 +38,7 @@ impl Pool {
         }
         let build = || ThreadPoolBuilder::new().num_threads(threads).thread_name(|n| format!("icecache-{n}")).build();
         let inner = py.detach(build).map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
-        Ok(Self { inner })
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Number of worker threads.

@@ -103,7 +103,7 @@ impl VectorIndex {
         let (k, beam) = (count(k, "k")?, optional_count(beam, "beam")?);
         let queries = readonly::<f32>(queries, "queries", &[None, Some(self.dim())])?;
         let shape = [queries.shape()[0], k];
-        let (rows, pool) = (slice(&queries, "queries")?, pool.map(|pool| &pool.get().inner));
+        let (rows, pool) = (slice(&queries, "queries")?, pool.map(|pool| &*pool.get().inner));
         let found = run(py, || self.inner.search(pool, rows, k, beam, exact))?;
         Ok((to_array(py, found.ids, &shape)?, to_array(py, found.distances, &shape)?))
     }

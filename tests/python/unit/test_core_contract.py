@@ -15,7 +15,7 @@ from icecache import _core
 
 STUB = Path(icecache.__file__).with_name("_core.pyi")
 #: Classes that only the core makes.
-NOT_CONSTRUCTIBLE = {"Selection"}
+NOT_CONSTRUCTIBLE = {"Mailbox", "Selection"}
 POOL = _core.Pool(1)
 
 

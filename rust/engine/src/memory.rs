@@ -1,0 +1,237 @@
+//! Host memory of one runtime: page-locked where a device is to read it, within a limit, given back when dropped.
+
+use std::alloc::Layout;
+use std::collections::HashMap;
+use std::ptr::NonNull;
+use std::time::{Duration, Instant};
+
+use icecache_core::{Error, Result, SlabAllocator};
+use rayon::ThreadPool;
+
+use crate::cuda::CudaRegistrar;
+use crate::region::Region;
+use crate::registrar::Registrar;
+use crate::sync::{Arc, Mutex, lock};
+
+/// Whether memory is page-locked.
+#[derive(Debug, Clone, Default)]
+pub enum Pin {
+    /// Never: there is no device.
+    #[default]
+    Never,
+    /// With CUDA device `0`, or pageable when that fails; [`HostMemory::fallback_reason`] then says why.
+    Prefer(usize),
+    /// With this CUDA device, or an error.
+    Require(usize),
+    /// With the given registrar; `required`: or an error.
+    With {
+        /// Who registers.
+        registrar: Arc<dyn Registrar>,
+        /// Whether pageable memory is refused.
+        required: bool,
+    },
+}
+
+/// Options of a [`HostMemory`].
+#[derive(Debug, Clone, Default)]
+pub struct MemoryOptions {
+    /// Most bytes held at a time; `None` for what the machine has.
+    pub limit_bytes: Option<usize>,
+    /// Whether and how it is page-locked.
+    pub pin: Pin,
+}
+
+/// Source of memory. Cloning shares it.
+#[derive(Debug, Clone)]
+pub struct HostMemory(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    limit_bytes: Option<usize>,
+    registrar: Option<Arc<dyn Registrar>>,
+    required: bool,
+    pool: Option<Arc<ThreadPool>>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    reserved_bytes: usize,
+    pinned_bytes: usize,
+    pin_time: Duration,
+    fallback: Option<String>,
+    /// Slabs handed out through [`SlabAllocator`].
+    slabs: HashMap<usize, Block>,
+}
+
+/// Memory on loan from a [`HostMemory`].
+#[derive(Debug)]
+pub(crate) struct Block {
+    region: Region,
+    pinned: bool,
+    memory: Arc<Shared>,
+}
+
+impl Block {
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.region.start()
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.region.bytes()
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        if self.pinned
+            && let Some(registrar) = &self.memory.registrar
+        {
+            registrar.unregister(self.region.start());
+        }
+        let mut state = lock(&self.memory.state);
+        state.reserved_bytes -= self.region.bytes();
+        state.pinned_bytes -= if self.pinned { self.region.bytes() } else { 0 };
+    }
+}
+
+impl HostMemory {
+    /// A source that has handed out nothing yet. `pool` spreads the first touch of large pieces over its threads.
+    ///
+    /// # Errors
+    /// If page-locking is required and there is no device that allows it.
+    pub fn new(options: MemoryOptions, pool: Option<Arc<ThreadPool>>) -> Result<Self> {
+        let mut fallback = None;
+        let (registrar, required): (Option<Arc<dyn Registrar>>, bool) = match options.pin {
+            Pin::Never => (None, false),
+            Pin::With { registrar, required } => (Some(registrar), required),
+            Pin::Prefer(device) => match CudaRegistrar::new(device) {
+                Ok(registrar) => (Some(Arc::new(registrar)), false),
+                Err(reason) => {
+                    fallback = Some(reason);
+                    (None, false)
+                }
+            },
+            Pin::Require(device) => match CudaRegistrar::new(device) {
+                Ok(registrar) => (Some(Arc::new(registrar)), true),
+                Err(received) => {
+                    return Err(Error::Option { name: "pin", expected: "a CUDA device that can pin memory", received });
+                }
+            },
+        };
+        let state = Mutex::new(State { fallback, ..State::default() });
+        Ok(Self(Arc::new(Shared { limit_bytes: options.limit_bytes, registrar, required, pool, state })))
+    }
+
+    /// Bytes held now, mailboxes included.
+    #[must_use]
+    pub fn reserved_bytes(&self) -> usize {
+        lock(&self.0.state).reserved_bytes
+    }
+
+    /// Bytes of them that are page-locked.
+    #[must_use]
+    pub fn pinned_bytes(&self) -> usize {
+        lock(&self.0.state).pinned_bytes
+    }
+
+    /// Time spent on committing and page-locking so far.
+    #[must_use]
+    pub fn pin_time(&self) -> Duration {
+        lock(&self.0.state).pin_time
+    }
+
+    /// Whether a device can read everything held now.
+    #[must_use]
+    pub fn is_pinned(&self) -> bool {
+        let state = lock(&self.0.state);
+        self.0.registrar.is_some() && state.pinned_bytes == state.reserved_bytes
+    }
+
+    /// Why memory that should have been page-locked is not, the first time that happened.
+    #[must_use]
+    pub fn fallback_reason(&self) -> Option<String> {
+        lock(&self.0.state).fallback.clone()
+    }
+
+    /// Zeroed memory, committed and page-locked according to the options.
+    pub(crate) fn allocate(&self, bytes: usize) -> Result<Block> {
+        let shared = &self.0;
+        self.account(bytes)?;
+        let started = Instant::now();
+        let give_up = |needed: usize, reason: String| {
+            lock(&shared.state).reserved_bytes -= needed;
+            Error::HostMemory { needed, available: available_bytes().unwrap_or(0), reason }
+        };
+        let rounded = bytes.next_multiple_of(4096);
+        let region = Region::map(bytes).map_err(|error| give_up(rounded, format!("the system: {error}")))?;
+        let mut pinned = false;
+        region.advise_huge();
+        if let Some(registrar) = &shared.registrar {
+            region.touch(shared.pool.as_deref());
+            match registrar.register(region.start(), region.bytes()) {
+                Ok(()) => pinned = true,
+                Err(reason) if shared.required => {
+                    let remedy = "page-locking failed; lower the limit or use pageable memory";
+                    return Err(give_up(rounded, format!("{remedy}: {reason}")));
+                }
+                Err(reason) => drop(lock(&shared.state).fallback.get_or_insert(reason).len()),
+            }
+        }
+        let mut state = lock(&shared.state);
+        state.pinned_bytes += if pinned { rounded } else { 0 };
+        state.pin_time += started.elapsed();
+        drop(state);
+        Ok(Block { region, pinned, memory: Arc::clone(shared) })
+    }
+
+    /// Books `bytes` bytes, or says what there is.
+    fn account(&self, bytes: usize) -> Result<()> {
+        let mut state = lock(&self.0.state);
+        let needed = bytes.next_multiple_of(4096);
+        let limit = self.0.limit_bytes.map_or(usize::MAX, |limit| limit - limit.min(state.reserved_bytes));
+        if needed > limit {
+            let reason = "the limit of host memory, see host_memory".to_owned();
+            return Err(Error::HostMemory { needed, available: limit, reason });
+        }
+        // Memory is overcommitted: beyond what is available the system would end the process instead of refusing.
+        if let Some(available) = available_bytes()
+            && needed > available
+        {
+            let reason = "memory of this machine or its control group".to_owned();
+            return Err(Error::HostMemory { needed, available, reason });
+        }
+        state.reserved_bytes += needed;
+        Ok(())
+    }
+}
+
+// SAFETY: a region is zeroed, at least as large as the layout, aligned to 2 MiB, and kept in `slabs` until it comes back.
+unsafe impl SlabAllocator for HostMemory {
+    fn allocate(&self, layout: Layout) -> Result<NonNull<u8>> {
+        assert!(layout.align() <= 2 << 20, "slabs are aligned to 2 MiB at most");
+        let block = Self::allocate(self, layout.size())?;
+        let start = block.start();
+        lock(&self.0.state).slabs.insert(start.as_ptr().addr(), block);
+        Ok(start)
+    }
+
+    unsafe fn deallocate(&self, slab: NonNull<u8>, _layout: Layout) {
+        let block = lock(&self.0.state).slabs.remove(&slab.as_ptr().addr());
+        // Outside of the lock, which dropping takes.
+        drop(block);
+    }
+}
+
+/// Bytes that this process may still take, where the system tells.
+pub(crate) fn available_bytes() -> Option<usize> {
+    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
+        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib << 10)
+    });
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
+    let group = |limit: &str, used: &str| Some(number(limit)?.saturating_sub(number(used)?));
+    let two = group("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current");
+    let one = group("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes");
+    machine.into_iter().chain(two).chain(one).min()
+}
