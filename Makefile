@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUST    := $(shell find rust -name '*.rs') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: demo test lint bench build wheel test-rust test-python test-oldest clean
+.PHONY: demo test lint bench bench-ann build wheel test-rust test-python test-oldest clean
 .DELETE_ON_ERROR:
 
 build: .venv/.built
@@ -22,6 +22,20 @@ bench: build
 	cargo run -q --release -p icecache-core --example paper
 	$(BIN)/python benches/python/bench_mass.py
 	$(BIN)/python benches/python/bench_mass.py curve --tokens 307200 --queries 24
+
+# Other nearest-neighbour libraries beside ours; hours, resumes. The vectors stay outside the checkout.
+ANN_CACHE ?= $(HOME)/.cache/icecache-ann
+bench-ann: build .venv-ann/.installed
+	$(BIN)/python benches/python/bench_ann.py prepare --cache $(ANN_CACHE)
+	for part in run pairs stream; do \
+		PYTHONPATH=python .venv-ann/bin/python benches/python/bench_ann.py $$part --cache $(ANN_CACHE) --out $(ANN_CACHE)/out || exit 1; \
+	done
+	$(BIN)/python benches/python/bench_ann.py report --out $(ANN_CACHE)/out --save benches/results/ann
+
+.venv-ann/.installed: benches/requirements-ann.txt
+	$(PYTHON) -m venv .venv-ann
+	.venv-ann/bin/pip install -q --disable-pip-version-check -r $<
+	touch $@
 
 lint: build
 	cargo fmt --all --check

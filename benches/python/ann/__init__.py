@@ -1,0 +1,1 @@
+"""`icecache.Index` beside other nearest-neighbour libraries; the command is `benches/python/bench_ann.py`."""
