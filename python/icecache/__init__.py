@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from icecache.config import IceConfig as IceConfig
     from icecache.errors import CacheStateError as CacheStateError
+    from icecache.errors import CancelledError as CancelledError
     from icecache.errors import ConfigError as ConfigError
     from icecache.errors import EngineError as EngineError
     from icecache.errors import IceCacheError as IceCacheError
     from icecache.errors import IndexFormatError as IndexFormatError
     from icecache.errors import PoolExhaustedError as PoolExhaustedError
+    from icecache.errors import ReadOnlyIndexError as ReadOnlyIndexError
     from icecache.errors import UnsupportedModelError as UnsupportedModelError
+    from icecache.index import Filter as Filter
     from icecache.index import Index as Index
     from icecache.index import SearchResult as SearchResult
     from icecache.index import brute_force as brute_force
@@ -25,12 +28,15 @@ if TYPE_CHECKING:
 _HOME = {
     "IceConfig": "icecache.config",
     "CacheStateError": "icecache.errors",
+    "CancelledError": "icecache.errors",
     "ConfigError": "icecache.errors",
     "EngineError": "icecache.errors",
     "IceCacheError": "icecache.errors",
     "IndexFormatError": "icecache.errors",
     "PoolExhaustedError": "icecache.errors",
+    "ReadOnlyIndexError": "icecache.errors",
     "UnsupportedModelError": "icecache.errors",
+    "Filter": "icecache.index",
     "Index": "icecache.index",
     "SearchResult": "icecache.index",
     "brute_force": "icecache.index",
@@ -40,14 +46,17 @@ _HOME = {
 
 __all__ = [
     "CacheStateError",
+    "CancelledError",
     "ConfigError",
     "EngineError",
+    "Filter",
     "IceCacheError",
     "IceConfig",
     "IceRuntime",
     "Index",
     "IndexFormatError",
     "PoolExhaustedError",
+    "ReadOnlyIndexError",
     "RuntimeStats",
     "SearchResult",
     "UnsupportedModelError",

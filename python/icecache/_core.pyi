@@ -6,6 +6,8 @@ Arrays are borrowed for the length of the call. Arguments that do not fit raise 
 name of the argument, what came and what was expected, and change nothing.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -351,23 +353,40 @@ class VectorIndex:
     def dtype(self) -> str:
         """How vectors are stored."""
     def __len__(self) -> int: ...
+    @property
+    def read_only(self) -> bool:
+        """Whether it is a snapshot or a mapped file."""
+    def mean(self) -> npt.NDArray[np.float32]:
+        """Give what is subtracted from every vector before it is stored, (dim,)."""
     def add(
-        self, pool: Pool, ids: npt.NDArray[np.int64] | None, vectors: npt.NDArray[np.float32], on_conflict: str
+        self,
+        pool: Pool,
+        ids: npt.NDArray[np.int64] | None,
+        vectors: npt.NDArray[np.generic],
+        on_conflict: str,
+        progress: Callable[[int, int], bool | None] | None = None,
     ) -> npt.NDArray[np.int64]:
-        """Add vectors (n, dim) under the given ids (n,) or the next free ones; returns the ids."""
+        """Add vectors (n, dim) under the given ids (n,) or the next free ones; returns the ids.
+
+        float32, float64, float16 or, as uint16, bfloat16. `progress(done, total)` is called now and then and cancels
+        with `False`.
+        """
     def search(
         self,
         pool: Pool | None,
         queries: npt.NDArray[np.float32],
         k: int,
+        *,
         beam: int | None = None,
         exact: bool = False,
+        filter: Filter | None = None,  # noqa: A002 -- the name users look for
+        out: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Ids and distances (n, k) of the nearest vectors of queries (n, dim); without a pool on this thread."""
     def remove(self, pool: Pool, ids: npt.NDArray[np.int64], strict: bool) -> int:
         """Remove ids (n,); returns how many there were. With `strict`, a missing one is a `KeyError`."""
-    def get(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Vectors by id, (n, dim)."""
+    def get(self, ids: npt.NDArray[np.int64], out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+        """Vectors by id, (n, dim); written to `out` if given."""
     def contains(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Whether each id is there, (n,)."""
     def nbytes(self) -> int:
@@ -376,6 +395,10 @@ class VectorIndex:
         """Counters: vectors, removed, segments, pages, tail, page_bytes, index_bytes, compactions."""
     def copy(self) -> VectorIndex:
         """Make an independent index with the same content; pages are shared."""
+    def snapshot(self) -> VectorIndex:
+        """Make the read-only index of this moment; it shares everything."""
+    def compact(self, pool: Pool, progress: Callable[[int, int], bool | None] | None = None) -> None:
+        """Pack all vectors again, as one bulk addition would."""
     def validate(self) -> None:
         """Check every invariant; `RuntimeError` names the first one that does not hold."""
     def to_bytes(self) -> bytes:
@@ -383,3 +406,14 @@ class VectorIndex:
     @staticmethod
     def from_bytes(pool: Pool, data: bytes) -> VectorIndex:
         """Make the index of a file that `to_bytes` made; `icecache.errors.IndexFormatError` if it is none."""
+
+class Filter:
+    """Which ids a search may return; made once, used with any index.
+
+    Parameters
+    ----------
+    allowed : int64 array or bool array, (n,)
+        The allowed ids, or ``allowed[id]`` for every id.
+    """
+
+    def __init__(self, allowed: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> None: ...

@@ -31,6 +31,14 @@ class EngineError(IceCacheError, RuntimeError):
     """A decode step failed in the search workers: a panic, an overrun. The next step may work."""
 
 
+class ReadOnlyIndexError(IceCacheError, TypeError):
+    """A snapshot or a memory-mapped index was asked to change; ``copy()`` gives one that can."""
+
+
+class CancelledError(IceCacheError, RuntimeError):
+    """A progress callback returned False; the index is unchanged."""
+
+
 class PoolExhaustedError(IceCacheError, MemoryError):
     """Host memory for pages is used up. The sequence stays as it was before the step.
 

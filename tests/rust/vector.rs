@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use icecache_core::Dtype;
-use icecache_core::vector::{Metric, Neighbours, OnConflict, VectorConfig, VectorError, VectorIndex};
+use icecache_core::vector::{Addition, Effort, Metric, Neighbours, OnConflict, VectorConfig, VectorError, VectorIndex};
 use proptest::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -15,6 +15,22 @@ pub(crate) fn pool(threads: usize) -> ThreadPool {
 
 fn index(metric: Metric) -> VectorIndex {
     VectorIndex::new(VectorConfig { dim: DIM, metric, dtype: Dtype::F32, center: true, seed: 0 }).unwrap()
+}
+
+pub(crate) fn add(
+    index: &VectorIndex,
+    pool: &ThreadPool,
+    ids: Option<&[i64]>,
+    rows: &[f32],
+    on_conflict: OnConflict,
+) -> Result<Vec<i64>, VectorError> {
+    index.add(pool, Addition { vectors: rows.into(), ids, on_conflict }, None)
+}
+
+pub(crate) fn get(index: &VectorIndex, ids: &[i64]) -> Vec<f32> {
+    let mut rows = vec![0.0; ids.len() * index.config().dim];
+    index.get(ids, &mut rows).unwrap();
+    rows
 }
 
 /// Rows of small whole numbers: every sum is exact in f32 while nothing is centred or normalised.
@@ -93,12 +109,12 @@ fn run(metric: Metric, steps: &[Step]) {
         match step {
             Step::Add { seed, n } => {
                 let rows = whole_rows(*seed, *n);
-                let ids = index.add(&pool, None, &rows, OnConflict::Error).unwrap();
+                let ids = add(&index, &pool, None, &rows, OnConflict::Error).unwrap();
                 model.extend(ids.iter().zip(rows.chunks(DIM)).map(|(&id, row)| (id, row.to_vec())));
             }
             Step::Replace { seed, ids } => {
                 let rows = whole_rows(*seed, ids.len());
-                index.add(&pool, Some(ids), &rows, OnConflict::Replace).unwrap();
+                add(&index, &pool, Some(ids), &rows, OnConflict::Replace).unwrap();
                 model.extend(ids.iter().zip(rows.chunks(DIM)).map(|(&id, row)| (id, row.to_vec())));
             }
             Step::Remove { stride, first } => {
@@ -108,15 +124,16 @@ fn run(metric: Metric, steps: &[Step]) {
             }
             Step::Search { seed, k } => {
                 let query = whole_rows(*seed, 1);
-                let found = index.search(None, &query, *k, None, true).unwrap();
+                let found = index.search(None, &query, *k, Effort::EXACT).unwrap();
                 check_exact(metric, &found, &query, &model, *k);
-                let all_pages = index.search(None, &query, *k, Some(usize::MAX), false).unwrap();
+                let all_pages =
+                    index.search(None, &query, *k, Effort { beam: Some(usize::MAX), ..Effort::default() }).unwrap();
                 assert_eq!((all_pages.ids, all_pages.distances), (found.ids, found.distances));
             }
             Step::Reload => index = VectorIndex::from_bytes(&pool, &index.to_bytes()).unwrap(),
             Step::Copy => {
                 let twin = index.copy();
-                index.add(&pool, None, &whole_rows(1, 20), OnConflict::Error).unwrap();
+                add(&index, &pool, None, &whole_rows(1, 20), OnConflict::Error).unwrap();
                 index.remove(&pool, &(0..40).collect::<Vec<_>>(), false).unwrap();
                 index = twin;
             }
@@ -125,7 +142,7 @@ fn run(metric: Metric, steps: &[Step]) {
         assert_eq!(index.len(), model.len());
     }
     let ids: Vec<i64> = model.keys().copied().collect();
-    let rows = index.get(&ids).unwrap();
+    let rows = get(&index, &ids);
     for (stored, row) in rows.chunks(DIM).zip(model.values()) {
         assert!(stored.iter().zip(row).all(|(a, b)| (a - b).abs() < 1e-4), "{stored:?} is not {row:?}");
     }
@@ -167,10 +184,10 @@ fn extreme_vectors_are_stored_or_refused_and_never_give_nan() {
         let rows: Vec<f32> = (0..1500)
             .flat_map(|i| [0.0, -0.0, 1e17, -1e17, f32::MIN_POSITIVE / 8.0, 1e-30].map(|x| x * (i % 5) as f32))
             .collect();
-        index.add(&pool, None, &rows, OnConflict::Error).unwrap();
+        add(&index, &pool, None, &rows, OnConflict::Error).unwrap();
         for query in [[0.0; DIM], [1e17; DIM], [-1e-40; DIM]] {
             for exact in [false, true] {
-                let found = index.search(None, &query, 20, None, exact).unwrap();
+                let found = index.search(None, &query, 20, Effort { exact, ..Effort::default() }).unwrap();
                 assert!(found.distances.iter().all(|distance| !distance.is_nan()));
                 assert!(found.distances.is_sorted());
                 assert!(found.ids.iter().all(|&id| id >= 0), "{metric:?}: rows were lost");
@@ -179,8 +196,8 @@ fn extreme_vectors_are_stored_or_refused_and_never_give_nan() {
         for bad in [f32::NAN, f32::INFINITY, 2e18] {
             let mut row = [1.0; DIM];
             row[3] = bad;
-            assert!(matches!(index.add(&pool, None, &row, OnConflict::Error), Err(VectorError::Row { row: 0, .. })));
-            assert!(matches!(index.search(None, &row, 1, None, true), Err(VectorError::Row { row: 0, .. })));
+            assert!(matches!(add(&index, &pool, None, &row, OnConflict::Error), Err(VectorError::Row { row: 0, .. })));
+            assert!(matches!(index.search(None, &row, 1, Effort::EXACT), Err(VectorError::Row { row: 0, .. })));
         }
         assert_eq!(index.len(), 1500);
         index.validate().unwrap();
@@ -190,11 +207,11 @@ fn extreme_vectors_are_stored_or_refused_and_never_give_nan() {
 #[test]
 fn a_larger_beam_finds_no_less() {
     let (index, pool) = (index(Metric::SquaredL2), pool(1));
-    index.add(&pool, None, &whole_rows(5, 6000), OnConflict::Error).unwrap();
+    add(&index, &pool, None, &whole_rows(5, 6000), OnConflict::Error).unwrap();
     let query = whole_rows(77, 1);
     let mut last = vec![f32::INFINITY; 10];
     for beam in [1, 4, 16, 64, 400] {
-        let found = index.search(None, &query, 10, Some(beam), false).unwrap();
+        let found = index.search(None, &query, 10, Effort { beam: Some(beam), ..Effort::default() }).unwrap();
         assert!(found.visited_pages <= beam as u64);
         assert!(found.distances.iter().zip(&last).all(|(now, before)| now <= before), "beam {beam}");
         last = found.distances;

@@ -6,7 +6,7 @@ use icecache_core::Dtype;
 use icecache_core::vector::{Metric, OnConflict, VectorConfig, VectorError, VectorIndex};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::vector::pool;
+use crate::vector::{add, get, pool};
 
 const HEADER: usize = 32;
 const ENTRY: usize = 32;
@@ -18,7 +18,7 @@ fn file() -> Vec<u8> {
     let index = VectorIndex::new(config).unwrap();
     let ids: Vec<i64> = (0..40).map(|i| i * 3 + 5).collect();
     let rows: Vec<f32> = (0..40 * 12).map(|i| (i as f32 * 0.7).sin()).collect();
-    index.add(&pool(1), Some(&ids), &rows, OnConflict::Error).unwrap();
+    add(&index, &pool(1), Some(&ids), &rows, OnConflict::Error).unwrap();
     index.to_bytes()
 }
 
@@ -155,9 +155,9 @@ fn rows_that_grew_longer_by_centring_and_rounding_are_loaded_again() {
             let index = VectorIndex::new(VectorConfig { dim: 1, metric, dtype, center: true, seed: 0 }).unwrap();
             // The mean is near one end: rows at the other end become almost twice as long as a vector may be.
             let rows: Vec<f32> = (0..1100).map(|i| if i % 20 == 0 { 1e18 } else { -1e18 }).collect();
-            index.add(&pool(1), None, &rows, OnConflict::Error).unwrap();
+            add(&index, &pool(1), None, &rows, OnConflict::Error).unwrap();
             let loaded = VectorIndex::from_bytes(&pool(1), &index.to_bytes()).unwrap();
-            assert_eq!(loaded.get(&[0, 1]).unwrap(), index.get(&[0, 1]).unwrap(), "{dtype:?} {metric:?}");
+            assert_eq!(get(&loaded, &[0, 1]), get(&index, &[0, 1]), "{dtype:?} {metric:?}");
         }
     }
 }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from icecache.index.brute import brute_force
+from icecache.index.filter import Filter
 from icecache.index.index import Index
 from icecache.index.result import SearchResult
 
-__all__ = ["Index", "SearchResult", "brute_force"]
+__all__ = ["Filter", "Index", "SearchResult", "brute_force"]

@@ -31,3 +31,40 @@ class SearchResult(NamedTuple):
     def counts(self) -> npt.NDArray[np.int64]:
         """How many neighbours each query got, (n_queries,) or () for one query."""
         return np.asarray((self.ids >= 0).sum(axis=-1), dtype=np.int64)
+
+    def recall(self, truth: SearchResult | npt.NDArray[np.int64]) -> float:
+        """Share of the true neighbours that were found, by distance where both results have them.
+
+        Parameters
+        ----------
+        truth : SearchResult or int64 array, same shape
+            The exact result, or only its ids; places with an id of -1 do not count. With distances, a neighbour as
+            close as the true last one counts as found, whichever of several equally close ones it is.
+
+        Returns
+        -------
+        float
+            In [0, 1]; 1 where there is nothing to find.
+
+        Raises
+        ------
+        ValueError
+            If the shapes differ.
+        """
+        true_ids = truth.ids if isinstance(truth, SearchResult) else np.asarray(truth)
+        if true_ids.shape != self.ids.shape:
+            msg = f"truth: expected shape {self.ids.shape}, got {true_ids.shape}"
+            raise ValueError(msg)
+        k = self.ids.shape[-1]
+        rows, true_rows = self.ids.reshape(-1, k), true_ids.reshape(-1, k)
+        wanted = int((true_rows >= 0).sum())
+        if wanted == 0:
+            return 1.0
+        if isinstance(truth, SearchResult):
+            real = np.where(true_rows >= 0, truth.distances.reshape(-1, k), -np.inf)
+            worst = real.max(axis=1, keepdims=True)
+            near = self.distances.reshape(-1, k) <= worst + 1e-5 * np.abs(worst)
+            found = np.minimum((near & (rows >= 0)).sum(axis=1), (true_rows >= 0).sum(axis=1)).sum()
+        else:
+            found = sum(len(np.intersect1d(row[row >= 0], true)) for row, true in zip(rows, true_rows, strict=True))
+        return float(found) / wanted

@@ -81,6 +81,13 @@ impl Forest {
         Self { store, heads, sealing, tokens: AtomicUsize::new(tokens), writer: Mutex::new(writer) }
     }
 
+    /// A sequence of one tree that shares the pages of a view; unlike `fork` it waits for nobody.
+    pub(crate) fn of_view(store: Arc<PageStore>, view: &View) -> Self {
+        let heads = vec![HeadIndex::of_view(Arc::clone(&store), view)];
+        // The view does not know of removals, so tokens may be missing.
+        Self::from_parts(store, heads, view.tokens(), true)
+    }
+
     /// Store of its pages.
     #[must_use]
     pub fn store(&self) -> &Arc<PageStore> {

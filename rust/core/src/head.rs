@@ -5,7 +5,7 @@ use arc_swap::ArcSwap;
 
 use crate::arena::{Lease, PageStore};
 use crate::config::{SEGMENT_PAGES, SEGMENT_TOKENS};
-use crate::page::{OpenPage, Owner};
+use crate::page::Owner;
 use crate::snapshot::{Live, SegmentEntry, Snapshot, TailEntry, View};
 use crate::sync::Arc;
 use crate::tail::pack_tail;
@@ -38,14 +38,22 @@ impl HeadIndex {
         self.snapshot.store(Arc::new(snapshot));
     }
 
+    /// A tree that shares all pages of a view; neither it nor the tree of the view sees what the other does.
+    pub(crate) fn of_view(store: Arc<PageStore>, view: &View) -> Self {
+        Self { store, snapshot: ArcSwap::from_pointee(Self::freeze(view)) }
+    }
+
     /// A tree that shares all pages; neither sees what the other does from now on.
     pub(crate) fn fork(&self) -> Self {
-        Self { store: Arc::clone(&self.store), snapshot: ArcSwap::from_pointee(self.frozen()) }
+        Self::of_view(Arc::clone(&self.store), &self.view())
     }
 
     /// What a reader sees now, with every slot beyond it hidden for good.
     pub(crate) fn frozen(&self) -> Snapshot {
-        let view = self.view();
+        Self::freeze(&self.view())
+    }
+
+    fn freeze(view: &View) -> Snapshot {
         let limit = view.tail_limit();
         let freeze = |entry: &TailEntry| TailEntry { frozen: entry.visible(limit) as u8, ..entry.clone() };
         let snapshot = view.snapshot();
@@ -100,16 +108,7 @@ impl HeadIndex {
 
     /// Bytes beside the pages.
     pub(crate) fn heap_bytes(&self) -> usize {
-        let view = self.view();
-        let snapshot = view.snapshot();
-        let live = |entry: &SegmentEntry| {
-            entry.live.as_ref().map_or(0, |live| 2 * live.masks.len() + 4 * live.ln_counts.len())
-        };
-        let segment = |entry: &SegmentEntry| size_of::<SegmentEntry>() + entry.segment.heap_bytes() + live(entry);
-        snapshot.segments.iter().map(segment).sum::<usize>()
-            + snapshot.tail.len() * (size_of::<TailEntry>() + size_of::<OpenPage>())
-            + snapshot.segments.heap_bytes()
-            + size_of::<Self>()
+        self.view().heap_bytes() + size_of::<Self>()
     }
 }
 

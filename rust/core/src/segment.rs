@@ -67,6 +67,13 @@ impl Segment {
         &self.locals[page * PAGE_TOKENS..][..self.pages.count(page)]
     }
 
+    /// Page and slot of a local position; `None` where no row has it.
+    pub(crate) fn place_of(&self, local: u16) -> Option<(usize, usize)> {
+        // 2 KiB in order: the compiler compares many at once. Only the last page can be short.
+        let at = self.locals.iter().position(|&other| other == local)?;
+        Some((at / PAGE_TOKENS, at % PAGE_TOKENS))
+    }
+
     /// Summaries of its blocks.
     pub(crate) fn groups(&self) -> &[GroupSummary] {
         &self.groups

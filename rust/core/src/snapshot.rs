@@ -226,6 +226,21 @@ impl View {
         (view.live != 0).then_some(view)
     }
 
+    /// Ordinal of the page and slot of a live position. Wait-free.
+    pub(crate) fn locate(&self, position: usize) -> Option<(usize, usize)> {
+        let segments = &self.snapshot.segments;
+        let (j, local) = (position / SEGMENT_TOKENS, position % SEGMENT_TOKENS);
+        if let Some(entry) = segments.get(j) {
+            let (page, slot) = entry.segment.place_of(local as u16)?;
+            return (entry.mask(page) >> slot & 1 == 1).then_some((j * SEGMENT_PAGES + page, slot));
+        }
+        let tail = segments.len() * SEGMENT_PAGES..self.ordinal_end();
+        tail.filter_map(|ordinal| Some((ordinal, self.page(ordinal)?))).find_map(|(ordinal, page)| {
+            let slot = page.slots().find(|&slot| page.position(slot) == position)?;
+            Some((ordinal, slot))
+        })
+    }
+
     /// All pages with their ordinals.
     pub(crate) fn ordered_pages(&self) -> impl Iterator<Item = (usize, PageView<'_>)> {
         (0..self.ordinal_end()).filter_map(|ordinal| Some((ordinal, self.page(ordinal)?)))
@@ -246,6 +261,23 @@ impl View {
         let limit = self.tail_limit();
         self.snapshot.segments.iter().map(sealed).sum::<usize>()
             + self.snapshot.tail.iter().filter(|entry| entry.mask(limit) != 0).count()
+    }
+
+    /// Bytes of the pages, those without a live token included.
+    pub(crate) fn page_bytes(&self) -> usize {
+        let sealed: usize = self.snapshot.segments.iter().map(|entry| entry.segment.n_pages()).sum();
+        self.layout().map_or(0, |layout| (sealed + self.snapshot.tail.len()) * layout.page_bytes())
+    }
+
+    /// Bytes beside the pages.
+    pub(crate) fn heap_bytes(&self) -> usize {
+        let live = |entry: &SegmentEntry| {
+            entry.live.as_ref().map_or(0, |live| 2 * live.masks.len() + 4 * live.ln_counts.len())
+        };
+        let segment = |entry: &SegmentEntry| size_of::<SegmentEntry>() + entry.segment.heap_bytes() + live(entry);
+        self.snapshot.segments.iter().map(segment).sum::<usize>()
+            + self.snapshot.tail.len() * (size_of::<TailEntry>() + size_of::<OpenPage>())
+            + self.snapshot.segments.heap_bytes()
     }
 
     /// Live rows with positions in `start..stop`, ascending.

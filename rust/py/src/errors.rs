@@ -44,12 +44,15 @@ impl IntoPy for VectorError {
             Self::Memory { .. } => PyMemoryError::new_err(self.to_string()),
             Self::Missing(_) => PyKeyError::new_err(self.to_string()),
             Self::Format(_) => error_of_package(py, "IndexFormatError", self.to_string()),
+            Self::Cancelled => error_of_package(py, "CancelledError", self.to_string()),
+            Self::ReadOnly => error_of_package(py, "ReadOnlyIndexError", self.to_string()),
+            Self::Reentrant => PyRuntimeError::new_err(self.to_string()),
             _ => PyValueError::new_err(self.to_string()),
         }
     }
 }
 
-/// A class of `icecache.errors`.
+/// An exception of `icecache.errors`.
 fn error_of_package(py: Python<'_>, name: &str, message: String) -> PyErr {
     let class = py.import("icecache.errors").and_then(|module| module.getattr(name));
     match class.and_then(|class| class.call1((message,))) {
@@ -65,12 +68,14 @@ pub(crate) fn run<T: Send, E: IntoPy + Send>(
     py: Python<'_>,
     work: impl FnOnce() -> Result<T, E> + Send,
 ) -> PyResult<T> {
-    match py.detach(|| catch_unwind(AssertUnwindSafe(work))) {
-        Ok(result) => result.map_err(|error| error.into_py(py)),
-        Err(panic) => {
-            let text = panic.downcast_ref::<String>().map(String::as_str);
-            let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
-            Err(PyRuntimeError::new_err(format!("bug in IceCache, please report it: {text}")))
-        }
-    }
+    run_raw(py, work)?.map_err(|error| error.into_py(py))
+}
+
+/// [`run`] that leaves the core's error as it is.
+pub(crate) fn run_raw<T: Send>(py: Python<'_>, work: impl FnOnce() -> T + Send) -> PyResult<T> {
+    py.detach(|| catch_unwind(AssertUnwindSafe(work))).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message");
+        PyRuntimeError::new_err(format!("bug in IceCache, please report it: {text}"))
+    })
 }

@@ -11,6 +11,7 @@ mod memory;
 mod pool;
 mod selection;
 mod vector;
+mod vectors;
 
 use pyo3::prelude::*;
 
@@ -29,4 +30,6 @@ mod _core {
     use crate::selection::{Selection, all_pages, search, select_pages};
     #[pymodule_export]
     use crate::vector::VectorIndex;
+    #[pymodule_export]
+    use crate::vectors::Filter;
 }

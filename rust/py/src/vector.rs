@@ -1,17 +1,24 @@
 //! The standalone index; `icecache.Index` is the friendly side of it.
 
 use icecache_core::Dtype;
-use icecache_core::vector::{self as core, Metric, OnConflict, VectorConfig, VectorError};
-use numpy::{PyArray1, PyArrayDyn, PyUntypedArrayMethods};
+use icecache_core::vector::{
+    self as core, Addition, Effort, Metric, Neighbours, OnConflict, VectorConfig, VectorError,
+};
+use numpy::{Element, PyArray1, PyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
+use rayon::ThreadPool;
 
-use crate::arrays::{count, optional_count, readonly, slice, to_array};
+use crate::arrays::{checked, count, optional_count, readonly, readwrite, slice, slice_mut, to_array};
 use crate::errors::{IntoPy, run};
 use crate::pool::Pool;
+use crate::vectors::{Filter, Matrix, run_reporting};
 
 /// Ids and distances of a search.
 type Found<'py> = (Bound<'py, PyArrayDyn<i64>>, Bound<'py, PyArrayDyn<f32>>);
+
+/// Queries searched between two looks at signals: some tens of milliseconds on one thread.
+const QUERY_BLOCK: usize = 1024;
 
 /// Vectors with ids, searched by inner product, squared L2 or cosine.
 ///
@@ -71,7 +78,20 @@ impl VectorIndex {
         self.inner.len()
     }
 
-    /// Add vectors, float32 (n, dim), under the given ids, int64 (n,), or the next free ones; returns the ids.
+    /// Whether it is a snapshot or a mapped file.
+    #[getter]
+    fn read_only(&self) -> bool {
+        self.inner.is_read_only()
+    }
+
+    /// What is subtracted from every vector before it is stored, float32 (dim,).
+    fn mean<'py>(&self, py: Python<'py>) -> Bound<'py, PyArray1<f32>> {
+        PyArray1::from_slice(py, &self.inner.mean())
+    }
+
+    /// Add vectors (n, dim), float32, float64, float16 or, as uint16, bfloat16, under the given ids, int64 (n,), or the
+    /// next free ones; returns the ids. `progress(done, total)` is called now and then; `False` cancels.
+    #[pyo3(signature = (pool, ids, vectors, on_conflict, progress=None))]
     fn add<'py>(
         &self,
         py: Python<'py>,
@@ -79,18 +99,22 @@ impl VectorIndex {
         ids: Option<&Bound<'py, PyAny>>,
         vectors: &Bound<'py, PyAny>,
         on_conflict: &str,
+        progress: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyArray1<i64>>> {
-        let rule = OnConflict::from_name(on_conflict).map_err(|error| error.into_py(py))?;
-        let vectors = readonly::<f32>(vectors, "vectors", &[None, Some(self.dim())])?;
-        let ids = ids.map(|ids| readonly::<i64>(ids, "ids", &[Some(vectors.shape()[0])])).transpose()?;
+        let on_conflict = OnConflict::from_name(on_conflict).map_err(|error| error.into_py(py))?;
+        let vectors = Matrix::borrow(vectors, "vectors", self.dim())?;
+        let ids = ids.map(|ids| readonly::<i64>(ids, "ids", &[Some(vectors.rows())])).transpose()?;
         let ids = ids.as_ref().map(|ids| slice(ids, "ids")).transpose()?;
-        let (rows, pool) = (slice(&vectors, "vectors")?, &pool.get().inner);
-        let added = run(py, || self.inner.add(pool, ids, rows, rule))?;
+        let addition = Addition { vectors: vectors.numbers("vectors")?, ids, on_conflict };
+        let pool = &pool.get().inner;
+        let added = run_reporting(py, progress, |report| self.inner.add(pool, addition, Some(report)))?;
         Ok(PyArray1::from_vec(py, added))
     }
 
-    /// Ids, int64 (n, k), and distances, float32 (n, k), of the nearest vectors of queries, float32 (n, dim).
-    #[pyo3(signature = (pool, queries, k, beam=None, exact=false))]
+    /// Ids, int64 (n, k), and distances, float32 (n, k), of the nearest vectors of queries, float32 (n, dim); written
+    /// to `out` if given.
+    #[pyo3(signature = (pool, queries, k, *, beam=None, exact=false, filter=None, out=None))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python method")]
     fn search<'py>(
         &self,
         py: Python<'py>,
@@ -99,13 +123,19 @@ impl VectorIndex {
         k: &Bound<'_, PyAny>,
         beam: Option<&Bound<'_, PyAny>>,
         exact: bool,
+        filter: Option<&Bound<'_, Filter>>,
+        out: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
     ) -> PyResult<Found<'py>> {
         let (k, beam) = (count(k, "k")?, optional_count(beam, "beam")?);
         let queries = readonly::<f32>(queries, "queries", &[None, Some(self.dim())])?;
         let shape = [queries.shape()[0], k];
         let (rows, pool) = (slice(&queries, "queries")?, pool.map(|pool| &*pool.get().inner));
-        let found = run(py, || self.inner.search(pool, rows, k, beam, exact))?;
-        Ok((to_array(py, found.ids, &shape)?, to_array(py, found.distances, &shape)?))
+        let effort = Effort { beam, exact, filter: filter.map(|filter| &filter.get().inner) };
+        let found = search_in_blocks(py, &self.inner, pool, rows, k, effort)?;
+        let Some((ids, distances)) = out else {
+            return Ok((to_array(py, found.ids, &shape)?, to_array(py, found.distances, &shape)?));
+        };
+        Ok((write(&ids, "out[0]", &shape, &found.ids)?, write(&distances, "out[1]", &shape, &found.distances)?))
     }
 
     /// Remove ids, int64 (n,); returns how many there were. With `strict`, a missing one is a `KeyError`.
@@ -115,12 +145,23 @@ impl VectorIndex {
         run(py, || self.inner.remove(pool, ids, strict))
     }
 
-    /// Vectors by id, float32 (n, dim).
-    fn get<'py>(&self, py: Python<'py>, ids: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArrayDyn<f32>>> {
+    /// Vectors by id, float32 (n, dim); written to `out` if given.
+    #[pyo3(signature = (ids, out=None))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        ids: &Bound<'py, PyAny>,
+        out: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyArrayDyn<f32>>> {
         let ids = readonly::<i64>(ids, "ids", &[None])?;
         let flat = slice(&ids, "ids")?;
-        let rows = run(py, || self.inner.get(flat))?;
-        to_array(py, rows, &[flat.len(), self.dim()])
+        let shape = [flat.len(), self.dim()];
+        let mut rows = vec![0.0; shape[0] * shape[1]];
+        run(py, || self.inner.get(flat, &mut rows))?;
+        match out {
+            None => to_array(py, rows, &shape),
+            Some(out) => write(out, "out", &shape, &rows),
+        }
     }
 
     /// Whether each id is there, bool (n,).
@@ -158,6 +199,18 @@ impl VectorIndex {
         Ok(Self { inner })
     }
 
+    /// The read-only index of this moment; shares everything.
+    fn snapshot(&self) -> Self {
+        Self { inner: self.inner.snapshot() }
+    }
+
+    /// Pack all vectors again, as one bulk addition would.
+    #[pyo3(signature = (pool, progress=None))]
+    fn compact(&self, py: Python<'_>, pool: &Bound<'_, Pool>, progress: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let pool = &pool.get().inner;
+        run_reporting(py, progress, |report| self.inner.compact(pool, Some(report)))
+    }
+
     /// Check every invariant; `RuntimeError` names the first one that does not hold.
     fn validate(&self, py: Python<'_>) -> PyResult<()> {
         run(py, || self.inner.validate())
@@ -176,4 +229,42 @@ impl VectorIndex {
         let inner = run(py, || core::VectorIndex::from_bytes(pool, bytes))?;
         Ok(Self { inner })
     }
+}
+
+/// Copies a result to an array of the caller.
+fn write<'py, T: Element + Copy>(
+    out: &Bound<'py, PyAny>,
+    name: &str,
+    shape: &[usize; 2],
+    values: &[T],
+) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
+    let axes = shape.map(Some);
+    let array = checked::<T>(out, name, &axes)?;
+    slice_mut(&mut readwrite::<T>(out, name, &axes)?, name)?.copy_from_slice(values);
+    Ok(array)
+}
+
+/// Searches one snapshot, a block of queries at a time; signals are handled in between.
+fn search_in_blocks(
+    py: Python<'_>,
+    index: &core::VectorIndex,
+    pool: Option<&ThreadPool>,
+    queries: &[f32],
+    k: usize,
+    effort: Effort<'_>,
+) -> PyResult<Neighbours> {
+    let (dim, snapshot) = (index.config().dim, index.snapshot());
+    if queries.len() <= QUERY_BLOCK * dim {
+        return run(py, || snapshot.search(pool, queries, k, effort));
+    }
+    let mut found = run(py, || Neighbours::reserve(queries.len() / dim, k))?;
+    run(py, || snapshot.check_queries(queries))?;
+    for (block, queries) in queries.chunks(QUERY_BLOCK * dim).enumerate() {
+        let piece = run(py, || snapshot.search(pool, queries, k, effort))?;
+        let start = block * QUERY_BLOCK * k;
+        found.ids[start..start + piece.ids.len()].copy_from_slice(&piece.ids);
+        found.distances[start..start + piece.ids.len()].copy_from_slice(&piece.distances);
+        py.check_signals()?;
+    }
+    Ok(found)
 }

@@ -36,6 +36,15 @@ pub enum VectorError {
     /// An id is not in the index.
     #[error("ids: {0} is not in the index")]
     Missing(i64),
+    /// The caller's report asked to stop; nothing was changed.
+    #[error("cancelled by the progress callback; the index is unchanged")]
+    Cancelled,
+    /// A progress callback wrote to the index whose write it reports on.
+    #[error("the progress callback of a write cannot write to the same index")]
+    Reentrant,
+    /// A snapshot or a mapped file cannot be written to.
+    #[error("this index is read-only (a snapshot or a mapped file); copy() gives one that can be written to")]
+    ReadOnly,
     /// There is no memory for a result.
     #[error("k: a result of {bytes} bytes does not fit memory")]
     Memory {

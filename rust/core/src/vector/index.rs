@@ -1,22 +1,19 @@
-//! The index itself: configuration, state, and everything that only reads.
+//! The index itself: configuration, the published state, the lock of the writers.
 #![forbid(unsafe_code)]
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwap;
-use rayon::ThreadPool;
 
 use super::error::{Result, VectorError};
-use super::format::{self, Content};
-use super::metric::{Metric, check_rows};
-use super::search::{Effort, Neighbours, search_batch};
+use super::ids::IdTable;
+use super::metric::Metric;
 use super::state::State;
 use crate::arena::{PageStore, StoreOptions};
-use crate::config::SEGMENT_TOKENS;
 use crate::forest::Forest;
 use crate::layout::{Dtype, PageLayout};
-use crate::sync::lock;
 
 /// Memory is reserved this much at a time: many indexes are small.
 const SLAB_BYTES: usize = 1 << 20;
@@ -79,47 +76,17 @@ impl OnConflict {
     }
 }
 
-/// Numbers about an index.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct VectorStats {
-    /// Vectors in the index.
-    pub vectors: usize,
-    /// Removed vectors whose rows were not reclaimed yet.
-    pub removed: usize,
-    /// Sealed segments.
-    pub segments: usize,
-    /// Pages with a live row.
-    pub pages: usize,
-    /// Rows of the tail, which every search scores.
-    pub tail: usize,
-    /// Bytes of pages.
-    pub page_bytes: usize,
-    /// Bytes of summaries, ids and maps.
-    pub index_bytes: usize,
-    /// Times that the rows of removed vectors were reclaimed.
-    pub compactions: usize,
-}
-
-/// What only the holder of the writer lock may touch.
-#[derive(Debug)]
-pub(super) struct Writer {
-    pub(super) forest: Forest,
-    /// Position of every live id.
-    pub(super) positions: HashMap<i64, u32>,
-    /// First id that was never used; 2^63 when there is none left.
-    pub(super) next_id: u64,
-    /// Whether the mean was taken out of the rows.
-    pub(super) centred: bool,
-    pub(super) compactions: usize,
-}
-
 /// A dynamic index of vectors with ids; see the module for how it works and [`VectorIndex::search`] for what it
 /// promises.
+///
+/// Whatever only reads takes the published state and waits for nobody. Writers hold the forest's lock: they prepare a
+/// new state on the forest, which readers do not look at, and publish it with one swap.
 #[derive(Debug)]
 pub struct VectorIndex {
     pub(super) config: VectorConfig,
-    pub(super) writer: Mutex<Writer>,
-    pub(super) state: ArcSwap<State>,
+    /// `None` for a read-only index.
+    writer: Option<Writer>,
+    state: ArcSwap<State>,
 }
 
 impl VectorIndex {
@@ -130,21 +97,25 @@ impl VectorIndex {
     pub fn new(config: VectorConfig) -> Result<Self> {
         config.check()?;
         let forest = config.new_forest()?;
-        let state = State {
-            mean: vec![0.0; config.dim].into(),
-            layout: forest.store().layout(),
-            view: forest.heads()[0].view(),
-            blocks: Vec::new(),
-            n_live: 0,
-        };
-        let writer = Writer { forest, positions: HashMap::new(), next_id: 0, centred: false, compactions: 0 };
-        Ok(Self { config, writer: Mutex::new(writer), state: ArcSwap::from_pointee(state) })
+        let state = State::empty(config, &forest);
+        Ok(Self::from_parts(config, Some(forest), state))
+    }
+
+    /// An index that publishes `state`; without a forest it is read-only.
+    pub(super) fn from_parts(config: VectorConfig, forest: Option<Forest>, state: State) -> Self {
+        Self { config, writer: forest.map(Writer::new), state: ArcSwap::from_pointee(state) }
     }
 
     /// What it was made for.
     #[must_use]
     pub fn config(&self) -> VectorConfig {
         self.config
+    }
+
+    /// Whether it is a snapshot or a mapped file.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.writer.is_none()
     }
 
     /// Vectors in the index. Wait-free.
@@ -159,155 +130,117 @@ impl VectorIndex {
         self.len() == 0
     }
 
-    /// The `k` nearest vectors of each query `[n_queries, dim]`, on `pool` or, without one, on the calling thread.
-    ///
-    /// One snapshot is searched: the state after some completed write. Wait-free but for a rare slow path of
-    /// `arc-swap`; a stalled writer delays nobody. `beam` is the number of sealed pages scored row by row per query;
-    /// without one the search stops when what it has not seen is expected to hold less than 1 in 40 of the result.
-    /// `exact` scores all.
-    ///
-    /// # Errors
-    /// If the length is no multiple of `dim`, a query is not finite, or the result would not fit memory.
-    pub fn search(
-        &self,
-        pool: Option<&ThreadPool>,
-        queries: &[f32],
-        k: usize,
-        beam: Option<usize>,
-        exact: bool,
-    ) -> Result<Neighbours> {
-        let n_queries = self.check_matrix("queries", queries)?;
-        check_rows("queries", queries, self.config.dim)?;
-        if k > 0 && beam == Some(0) {
-            return Err(VectorError::argument("beam", "at least 1 page", &0));
-        }
-        let state = self.state.load_full();
-        let effort = Effort { beam, exact };
-        let empty = Neighbours::reserve(n_queries, k)?;
-        let run = |parallel| search_batch(&state, self.config.metric, queries, k, effort, parallel, empty);
-        match pool {
-            Some(pool) if n_queries > 1 => Ok(pool.install(|| run(true))),
-            _ => Ok(run(false)),
-        }
+    /// The state after some completed write. Wait-free but for a rare slow path of `arc-swap`.
+    pub(super) fn state(&self) -> Arc<State> {
+        self.state.load_full()
     }
 
-    /// Vectors by id, `[n, dim]`, to within the rounding of the stored type. Blocking: waits for a writer.
-    ///
-    /// # Errors
-    /// If an id is not in the index.
-    pub fn get(&self, ids: &[i64]) -> Result<Vec<f32>> {
-        let (state, positions) = {
-            let writer = lock(&self.writer);
-            let find = |id: &i64| writer.positions.get(id).map(|&at| at as usize).ok_or(VectorError::Missing(*id));
-            (self.state.load_full(), ids.iter().map(find).collect::<Result<Vec<usize>>>()?)
-        };
-        let broken = || crate::Error::Invariant("an id names a removed row".to_owned());
-        let mut rows = state.stored_rows(&positions).ok_or_else(broken)?;
-        for (row, &position) in rows.chunks_exact_mut(self.config.dim).zip(&positions) {
-            let (block, at) = state.place(position);
-            let norm = if self.config.metric == Metric::Cosine { block.extra[at] } else { 1.0 };
-            Metric::decode(row, &state.mean, norm);
-        }
-        Ok(rows)
-    }
-
-    /// Whether each id is in the index. Blocking: waits for a writer.
+    /// The read-only index of this moment; it shares everything and stays as it is. Wait-free, O(1).
     #[must_use]
-    pub fn contains(&self, ids: &[i64]) -> Vec<bool> {
-        let writer = lock(&self.writer);
-        ids.iter().map(|id| writer.positions.contains_key(id)).collect()
+    pub fn snapshot(&self) -> Self {
+        Self { config: self.config, writer: None, state: ArcSwap::new(self.state()) }
     }
 
-    /// Numbers about the index. Blocking: waits for a writer.
-    #[must_use]
-    pub fn stats(&self) -> VectorStats {
-        let writer = lock(&self.writer);
-        let state = self.state.load();
-        let map_bytes = writer.positions.capacity() * (size_of::<(i64, u32)>() + 1);
-        VectorStats {
-            vectors: state.n_live,
-            removed: state.n_rows() - state.n_live,
-            segments: state.n_segments(),
-            pages: state.view.n_pages(),
-            tail: state.n_rows() - state.n_segments() * SEGMENT_TOKENS,
-            page_bytes: writer.forest.store().used_bytes(),
-            index_bytes: writer.forest.index_bytes() + state.block_bytes() + map_bytes + 4 * self.config.dim,
-            compactions: writer.compactions,
-        }
-    }
-
-    /// An index with the same content; neither sees later changes of the other. Blocking: waits for a writer.
+    /// An index with the same content that can be written to; neither sees later changes of the other. Pages are
+    /// shared. Waits for nobody.
     #[must_use]
     pub fn copy(&self) -> Self {
-        let writer = lock(&self.writer);
-        let forest = writer.forest.fork();
-        let state = State { view: forest.heads()[0].view(), ..State::clone(&self.state.load()) };
-        let twin = Writer { forest, positions: writer.positions.clone(), ..*writer };
-        Self { config: self.config, writer: Mutex::new(twin), state: ArcSwap::from_pointee(state) }
+        let state = self.state();
+        let forest = state.fork();
+        let view = forest.heads()[0].view();
+        let ids = Arc::new(state.ids.duplicate());
+        Self::from_parts(self.config, Some(forest), State { view, ids, ..State::clone(&state) })
     }
 
-    /// The index as a file. Blocking while it takes its snapshot: waits for a writer.
-    #[must_use]
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let (state, next_id, centred) = {
-            let writer = lock(&self.writer);
-            (self.state.load_full(), writer.next_id, writer.centred)
-        };
-        let rows = state.view.rows(0, state.n_rows());
-        let places = rows.iter().map(|(position, _)| state.place(*position));
-        let cosine = self.config.metric == Metric::Cosine;
-        format::to_bytes(&Content {
-            config: self.config,
-            centred,
-            next_id,
-            mean: state.mean.to_vec(),
-            ids: places.clone().map(|(block, at)| block.ids[at]).collect(),
-            norms: if cosine { places.map(|(block, at)| block.extra[at]).collect() } else { Vec::new() },
-            keys: rows.iter().flat_map(|(_, row)| row.key.iter().copied()).collect(),
-        })
-    }
-
-    /// Checks every invariant of the structure. Blocking: waits for a writer.
-    ///
-    /// # Errors
-    /// The first invariant that does not hold.
-    pub fn validate(&self) -> Result<()> {
-        let writer = lock(&self.writer);
-        let state = self.state.load_full();
-        writer.forest.validate()?;
-        let broken = |what: &str| Err(crate::Error::Invariant(what.to_owned()).into());
-        if writer.positions.len() != state.n_live {
-            return broken("one live row per id");
+    /// The forest, for the one writer. Blocking.
+    pub(super) fn lock_writer(&self) -> Result<Writing<'_>> {
+        let writer = self.writer.as_ref().ok_or(VectorError::ReadOnly)?;
+        // Relaxed: only this thread writes its own mark, so the comparison is exact.
+        if writer.thread.load(Ordering::Relaxed) == thread_mark() {
+            return Err(VectorError::Reentrant);
         }
-        if state.n_rows() != writer.forest.len() {
-            return broken("the published state shows every row");
-        }
-        let live: Vec<usize> = state.view.rows(0, state.n_rows()).iter().map(|(position, _)| *position).collect();
-        if live.len() != state.n_live {
-            return broken("the count of live rows is the number of live rows");
-        }
-        for position in live {
-            let (block, at) = state.place(position);
-            if writer.positions.get(&block.ids[at]) != Some(&(position as u32)) {
-                return broken("the id of a live row names that row");
-            }
-        }
-        let sizes: usize = state.blocks.iter().map(|block| block.ids.len()).sum();
-        if sizes != state.n_rows() {
-            return broken("every row has an id");
-        }
-        Ok(())
-    }
-
-    pub(super) fn check_matrix(&self, argument: &'static str, rows: &[f32]) -> Result<usize> {
-        let dim = self.config.dim;
-        if rows.len().is_multiple_of(dim) {
-            return Ok(rows.len() / dim);
-        }
-        Err(VectorError::argument(argument, format!("rows of {dim}"), &format!("{} numbers", rows.len())))
+        let forest = writer.forest.lock().unwrap_or_else(|poisoned| {
+            // A writer panicked on its way to a state that it never published.
+            let mut forest = poisoned.into_inner();
+            *forest = self.state().fork();
+            writer.forest.clear_poison();
+            forest
+        });
+        writer.thread.store(thread_mark(), Ordering::Relaxed);
+        Ok(Writing { forest, thread: &writer.thread })
     }
 
     pub(super) fn publish(&self, state: State) {
         self.state.store(Arc::new(state));
+    }
+}
+
+/// The tree that grows. Shows the same rows as the published state while nobody holds it.
+#[derive(Debug)]
+struct Writer {
+    forest: Mutex<Forest>,
+    /// Mark of the thread that holds the lock; 0 for none.
+    thread: AtomicUsize,
+}
+
+impl Writer {
+    fn new(forest: Forest) -> Self {
+        Self { forest: Mutex::new(forest), thread: AtomicUsize::new(0) }
+    }
+}
+
+/// The forest while its writer holds it.
+#[derive(Debug)]
+pub(super) struct Writing<'a> {
+    forest: MutexGuard<'a, Forest>,
+    thread: &'a AtomicUsize,
+}
+
+impl Deref for Writing<'_> {
+    type Target = Forest;
+
+    fn deref(&self) -> &Forest {
+        &self.forest
+    }
+}
+
+impl DerefMut for Writing<'_> {
+    fn deref_mut(&mut self) -> &mut Forest {
+        &mut self.forest
+    }
+}
+
+impl Drop for Writing<'_> {
+    fn drop(&mut self) {
+        // Relaxed: see `lock_writer`.
+        self.thread.store(0, Ordering::Relaxed);
+    }
+}
+
+/// A number of its own for each living thread.
+fn thread_mark() -> usize {
+    thread_local!(static MARK: u8 = const { 0 });
+    MARK.with(|mark| std::ptr::from_ref(mark) as usize)
+}
+
+impl State {
+    /// The state of an index without a row.
+    pub(super) fn empty(config: VectorConfig, forest: &Forest) -> Self {
+        Self {
+            mean: vec![0.0; config.dim].into(),
+            centred: false,
+            store: Arc::clone(forest.store()),
+            view: forest.heads()[0].view(),
+            blocks: Vec::new(),
+            n_live: 0,
+            ids: Arc::new(IdTable::with_room(0)),
+            next_id: 0,
+            compactions: 0,
+        }
+    }
+
+    /// A forest with the rows of this state, for a writer to go on from.
+    pub(super) fn fork(&self) -> Forest {
+        Forest::of_view(Arc::clone(&self.store), &self.view)
     }
 }

@@ -13,17 +13,31 @@
 //!
 //! Readers load one [`arc_swap::ArcSwap`] snapshot and never wait; writers hold one mutex per index.
 
+mod batch;
 mod best;
 mod error;
+mod filter;
 mod format;
+mod ids;
 mod index;
+mod input;
+mod load;
 mod metric;
 mod order;
+mod progress;
+mod range;
+mod read;
 mod search;
 mod state;
 mod write;
 
 pub use error::{Result, VectorError};
-pub use index::{OnConflict, VectorConfig, VectorIndex, VectorStats};
+pub use filter::Filter;
+pub use index::{OnConflict, VectorConfig, VectorIndex};
+pub use input::Numbers;
 pub use metric::Metric;
-pub use search::Neighbours;
+pub use progress::Report;
+pub use range::Ranges;
+pub use read::VectorStats;
+pub use search::{Effort, Neighbours};
+pub use write::Addition;

@@ -11,10 +11,13 @@
 //! choosing, and what random directions end in. Tail rows (fewer than 1024) are always scored.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use super::best::{Best, Candidate};
 use super::error::{Result, VectorError};
+use super::filter::{Filter, Masks};
 use super::metric::{Metric, Prepared};
 use super::state::State;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES};
@@ -42,7 +45,10 @@ pub struct Neighbours {
 
 impl Neighbours {
     /// An empty result of `n_queries` rows of `k`; an error, not an abort, where there is no memory for it.
-    pub(super) fn reserve(n_queries: usize, k: usize) -> Result<Self> {
+    ///
+    /// # Errors
+    /// If there is no memory.
+    pub fn reserve(n_queries: usize, k: usize) -> Result<Self> {
         let cells = n_queries.saturating_mul(k);
         let bytes = cells.saturating_mul(size_of::<i64>() + size_of::<f32>());
         let mut empty = Self::default();
@@ -55,24 +61,41 @@ impl Neighbours {
 }
 
 /// How much a search looks at.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Effort {
-    pub(super) beam: Option<usize>,
-    pub(super) exact: bool,
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Effort<'a> {
+    /// Sealed pages scored row by row per query; default: until next to nothing is expected in the others.
+    pub beam: Option<usize>,
+    /// Score every row.
+    pub exact: bool,
+    /// Return allowed ids only.
+    pub filter: Option<&'a Filter>,
+}
+
+impl Effort<'_> {
+    /// Score every row.
+    pub const EXACT: Self = Self { beam: None, exact: true, filter: None };
+
+    pub(super) fn check(&self) -> Result<()> {
+        match self.beam {
+            Some(0) => Err(VectorError::argument("beam", "at least 1 page", &0)),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// Search many queries into a reserved result, on the pool this is called in; `queries` is checked.
 pub(super) fn search_batch(
-    state: &State,
+    state: &Arc<State>,
     metric: Metric,
     queries: &[f32],
     k: usize,
-    effort: Effort,
+    effort: Effort<'_>,
     parallel: bool,
     mut found: Neighbours,
 ) -> Neighbours {
+    let masks = effort.filter.map(|filter| filter.compile(state));
     let one = |query: &[f32]| {
-        let mut search = Search::new(state, metric, query, k);
+        let mut search = Search::new(state, metric, query, k, masks.as_deref());
         search.run(effort);
         search.finish()
     };
@@ -108,6 +131,8 @@ struct Unseen {
 struct Search<'a> {
     state: &'a State,
     metric: Metric,
+    /// Allowed rows; all without one.
+    masks: Option<&'a Masks>,
     prepared: Prepared,
     k: usize,
     best: Best,
@@ -119,15 +144,15 @@ struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    fn new(state: &'a State, metric: Metric, query: &[f32], k: usize) -> Self {
-        let k = k.min(state.n_live);
+    fn new(state: &'a State, metric: Metric, query: &[f32], k: usize, masks: Option<&'a Masks>) -> Self {
+        let k = k.min(masks.map_or(state.n_live, |masks| masks.n_live));
         let wanted = if k == 0 { 0 } else { k.saturating_add(SPARE) };
         let best = Best::new(wanted);
         let prepared = metric.prepare(query, &state.mean);
-        Self { state, metric, prepared, k, best, unseen: Vec::new(), squares: 0.0, n_seen: 0.0, visited: 0 }
+        Self { state, metric, masks, prepared, k, best, unseen: Vec::new(), squares: 0.0, n_seen: 0.0, visited: 0 }
     }
 
-    fn run(&mut self, effort: Effort) {
+    fn run(&mut self, effort: Effort<'_>) {
         if self.k == 0 {
             return;
         }
@@ -168,7 +193,8 @@ impl<'a> Search<'a> {
             let summaries = &entry.segment.summaries;
             let dots = query.dots(summaries);
             for (place, &dot) in dots.iter().enumerate().take(entry.segment.n_pages()) {
-                let count = entry.mask(place).count_ones() as f32;
+                let page = segment * SEGMENT_PAGES + place;
+                let count = self.masks.map_or_else(|| entry.mask(place), |masks| masks.of(page)).count_ones() as f32;
                 if count == 0.0 {
                     continue;
                 }
@@ -183,8 +209,7 @@ impl<'a> Search<'a> {
                 };
                 // A page of equal rows has no width; one part in a hundred stands for the rounding of its mean.
                 let width = (radius * distance).max(0.01 * center.abs()).max(f32::MIN_POSITIVE);
-                let page = (segment * SEGMENT_PAGES + place) as u32;
-                self.unseen.push(Unseen { page, count, center, width, promise: 0.0 });
+                self.unseen.push(Unseen { page: page as u32, count, center, width, promise: 0.0 });
             }
         }
     }
@@ -255,13 +280,17 @@ impl<'a> Search<'a> {
         let mut scores = [0.0; PAGE_TOKENS];
         let state = self.state;
         let Some(page) = state.view.page(ordinal as usize) else { return (scores, 0) };
+        let live = self.masks.map_or(page.live, |masks| masks.of(ordinal as usize));
+        if live == 0 {
+            return (scores, 0);
+        }
         let count = state.score_rows(&self.prepared.query, &page, &mut scores);
         for (slot, score) in scores[..count].iter_mut().enumerate() {
-            let (block, at) = state.place(page.position(slot));
+            let (block, at) = state.entry(page.position(slot));
             if self.metric == Metric::SquaredL2 {
                 *score -= block.extra[at];
             }
-            if *score >= self.best.floor && page.live >> slot & 1 == 1 {
+            if *score >= self.best.floor && live >> slot & 1 == 1 {
                 self.best.push(Candidate { score: *score, id: block.ids[at], page: ordinal, slot: slot as u32 });
             }
         }
@@ -275,7 +304,7 @@ impl<'a> Search<'a> {
         let mut nearest = Vec::with_capacity(self.best.entries.len());
         for entry in &self.best.entries {
             let Some(page) = self.state.view.page(entry.page as usize) else { continue };
-            crate::rows::decode(self.state.layout.dtype, page.row(entry.slot as usize).key, &mut row);
+            crate::rows::decode(self.state.layout().dtype, page.row(entry.slot as usize).key, &mut row);
             nearest.push((self.metric.distance(&self.prepared, &row), entry.id));
         }
         nearest.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
@@ -285,14 +314,19 @@ impl<'a> Search<'a> {
 }
 
 /// A query in 16-bit levels, for the integer scan of the page means.
-struct QuantisedQuery {
+pub(super) struct QuantisedQuery {
     /// `[2 * pairs]`, zero padded.
     levels: Vec<i16>,
     scale: f32,
 }
 
 impl QuantisedQuery {
-    fn new(query: &[f32]) -> Self {
+    /// Size of a level; 0 for a query too small for levels.
+    pub(super) fn scale(&self) -> f32 {
+        if self.scale.is_normal() { self.scale } else { 0.0 }
+    }
+
+    pub(super) fn new(query: &[f32]) -> Self {
         // Largest level for which a sum of dim products with 7-bit levels stays within 31 bits.
         let top = (f64::from(1u32 << 24) / query.len() as f64).min(32_000.0).floor() as f32;
         let max = query.iter().fold(0.0f32, |max, value| max.max(value.abs()));
@@ -307,7 +341,7 @@ impl QuantisedQuery {
     }
 
     /// Inner products with all page means of a segment.
-    fn dots(&self, summaries: &Summaries) -> Vec<f32> {
+    pub(super) fn dots(&self, summaries: &Summaries) -> Vec<f32> {
         let pairs = self.levels.len() / 2;
         let mut dots = Vec::with_capacity(summaries.n_blocks() * BLOCK);
         let mut raw = [0i32; BLOCK];

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use super::ids::IdTable;
+use crate::arena::PageStore;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
 use crate::layout::PageLayout;
 use crate::math::dots;
@@ -17,19 +19,39 @@ pub(super) struct Block {
     pub(super) extra: Vec<f32>,
 }
 
+/// Place of a live row: ordinal of its page, slot in the page, position.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place {
+    pub(super) page: usize,
+    pub(super) slot: usize,
+    pub(super) position: usize,
+}
+
 #[derive(Debug, Clone)]
 pub(super) struct State {
     /// What was subtracted from every row; zero before centring.
     pub(super) mean: Arc<[f32]>,
-    pub(super) layout: PageLayout,
+    /// Whether the mean was taken out of the rows.
+    pub(super) centred: bool,
+    pub(super) store: Arc<PageStore>,
     pub(super) view: View,
     pub(super) blocks: Vec<Arc<Block>>,
     pub(super) n_live: usize,
+    /// Positions by id; may know later rows too.
+    pub(super) ids: Arc<IdTable>,
+    /// First id that was never used; 2^63 when there is none left.
+    pub(super) next_id: u64,
+    /// Times that the rows of removed vectors were reclaimed.
+    pub(super) compactions: usize,
 }
 
 impl State {
+    pub(super) fn layout(&self) -> PageLayout {
+        self.store.layout()
+    }
+
     pub(super) fn dim(&self) -> usize {
-        self.layout.key_dim
+        self.layout().key_dim
     }
 
     /// Positions, removed rows included.
@@ -51,34 +73,40 @@ impl State {
         self.n_segments() * SEGMENT_PAGES..self.view.ordinal_end()
     }
 
-    /// Block and place of a position.
-    pub(super) fn place(&self, position: usize) -> (&Block, usize) {
+    /// Block and index in the block of a position.
+    pub(super) fn entry(&self, position: usize) -> (&Block, usize) {
         (&self.blocks[position / SEGMENT_TOKENS], position % SEGMENT_TOKENS)
+    }
+
+    /// Id of a position.
+    pub(super) fn id(&self, position: usize) -> i64 {
+        let (block, at) = self.entry(position);
+        block.ids[at]
+    }
+
+    /// Where the live row of an id is. Wait-free.
+    pub(super) fn find(&self, id: i64) -> Option<Place> {
+        self.ids.positions(id).filter(|&position| position < self.n_rows() && self.id(position) == id).find_map(
+            |position| {
+                let (page, slot) = self.view.locate(position)?;
+                Some(Place { page, slot, position })
+            },
+        )
+    }
+
+    /// Writes a stored row, as decoded, to `out`.
+    pub(super) fn read(&self, place: Place, out: &mut [f32]) {
+        if let Some(page) = self.view.page(place.page) {
+            crate::rows::decode(self.layout().dtype, page.row(place.slot).key, out);
+        }
     }
 
     /// Inner products of the query with the written slots of a page; returns how many slots there are.
     pub(super) fn score_rows(&self, query: &[f32], page: &PageView<'_>, scores: &mut [f32; PAGE_TOKENS]) -> usize {
-        let slots = page.keys.len() / self.layout.key_bytes();
-        let input = Dots { dtype: self.layout.dtype, rows: page.keys, dim: self.dim(), queries: query };
+        let slots = page.keys.len() / self.layout().key_bytes();
+        let input = Dots { dtype: self.layout().dtype, rows: page.keys, dim: self.dim(), queries: query };
         dots(input, slots, &mut scores[..slots]);
         slots
-    }
-
-    /// The stored rows of some positions, in their order, `[n, dim]`; `None` if one was removed.
-    pub(super) fn stored_rows(&self, positions: &[usize]) -> Option<Vec<f32>> {
-        let mut order: Vec<usize> = (0..positions.len()).collect();
-        order.sort_unstable_by_key(|&at| positions[at]);
-        let dim = self.dim();
-        let mut out = vec![0.0; positions.len() * dim];
-        for group in order.chunk_by(|&a, &b| positions[a] / SEGMENT_TOKENS == positions[b] / SEGMENT_TOKENS) {
-            let start = positions[group[0]] / SEGMENT_TOKENS * SEGMENT_TOKENS;
-            let rows = self.view.rows(start, (start + SEGMENT_TOKENS).min(self.n_rows()));
-            for &at in group {
-                let found = rows.binary_search_by_key(&positions[at], |(position, _)| *position).ok()?;
-                crate::rows::decode(self.layout.dtype, rows[found].1.key, &mut out[at * dim..][..dim]);
-            }
-        }
-        Some(out)
     }
 
     /// Bytes of ids and per-row numbers.

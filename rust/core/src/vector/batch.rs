@@ -1,0 +1,125 @@
+//! Rows on their way into the tree: as stored, before rounding.
+#![forbid(unsafe_code)]
+
+use half::{bf16, f16};
+
+use super::error::{Result, VectorError};
+use super::index::VectorConfig;
+use super::input::Rows;
+use super::metric::Metric;
+use super::state::State;
+use crate::layout::Dtype;
+use crate::rows::is_finite;
+
+/// Rows with their ids and what is kept beside them.
+#[derive(Default)]
+pub(super) struct Batch {
+    pub(super) ids: Vec<i64>,
+    /// `[n, dim]`.
+    pub(super) rows: Vec<f32>,
+    /// Norms as given, cosine only.
+    pub(super) norms: Vec<f32>,
+}
+
+impl Batch {
+    /// The rows `chosen` of a call, less the mean.
+    pub(super) fn encode(config: VectorConfig, mean: &[f32], ids: &[i64], vectors: Rows<'_>, chosen: &[usize]) -> Self {
+        let VectorConfig { dim, metric, .. } = config;
+        let mut batch = Self { rows: vec![0.0; chosen.len() * dim], ..Self::default() };
+        let mut vector = vec![0.0; dim];
+        for (&row, out) in chosen.iter().zip(batch.rows.chunks_exact_mut(dim)) {
+            vectors.read(row, &mut vector);
+            metric.encode(&vector, mean, out);
+            batch.ids.push(ids[row]);
+            if metric == Metric::Cosine {
+                batch.norms.push(metric.stored_norm(&vector));
+            }
+        }
+        batch
+    }
+
+    /// All live rows of a state but those at `except`, in the order of their positions.
+    pub(super) fn live(config: VectorConfig, state: &State, except: &[usize]) -> Self {
+        let dim = config.dim;
+        let mut batch = Self::default();
+        let mut skipped = except.to_vec();
+        skipped.sort_unstable();
+        for (position, row) in state.view.rows(0, state.n_rows()) {
+            if skipped.binary_search(&position).is_ok() {
+                continue;
+            }
+            let (block, at) = state.entry(position);
+            batch.ids.push(block.ids[at]);
+            if config.metric == Metric::Cosine {
+                batch.norms.push(block.extra[at]);
+            }
+            let end = batch.rows.len();
+            batch.rows.resize(end + dim, 0.0);
+            crate::rows::decode(config.dtype, row.key, &mut batch.rows[end..]);
+        }
+        batch
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    pub(super) fn append(&mut self, other: Self) {
+        self.ids.extend(other.ids);
+        self.rows.extend(other.rows);
+        self.norms.extend(other.norms);
+    }
+
+    /// Some rows, in that order.
+    pub(super) fn pick(&self, order: &[usize], dim: usize) -> Self {
+        Self {
+            ids: order.iter().map(|&row| self.ids[row]).collect(),
+            rows: order.iter().flat_map(|&row| &self.rows[row * dim..][..dim]).copied().collect(),
+            norms: if self.norms.is_empty() { Vec::new() } else { order.iter().map(|&row| self.norms[row]).collect() },
+        }
+    }
+
+    /// Takes the mean of all rows out of them and returns it. Where the stored type does not hold a row without the
+    /// mean, the rows stay as they are and zeros come back.
+    pub(super) fn take_mean(&mut self, config: VectorConfig) -> Vec<f32> {
+        let dim = config.dim;
+        let mut sum = vec![0.0f64; dim];
+        for row in self.rows.chunks_exact(dim) {
+            for (slot, &value) in sum.iter_mut().zip(row) {
+                *slot += f64::from(value);
+            }
+        }
+        let mean: Vec<f32> = sum.iter().map(|value| (value / self.len().max(1) as f64) as f32).collect();
+        let mut rows = self.rows.clone();
+        for row in rows.chunks_exact_mut(dim) {
+            for (value, &center) in row.iter_mut().zip(&mean) {
+                *value = (f64::from(*value) - f64::from(center)) as f32;
+            }
+        }
+        if !rows.chunks_exact(dim).all(|row| is_finite(config.dtype, &to_stored(config.dtype, row))) {
+            return vec![0.0; dim];
+        }
+        self.rows = rows;
+        mean
+    }
+
+    /// Refuse a row that becomes infinite in the stored type, by its number in the call.
+    pub(super) fn check_storable(&self, config: VectorConfig, chosen: &[usize]) -> Result<()> {
+        for (values, &row) in self.rows.chunks_exact(config.dim).zip(chosen) {
+            if !is_finite(config.dtype, &to_stored(config.dtype, values)) {
+                let problem = "has a value too large for the dtype";
+                return Err(VectorError::Row { argument: "vectors", row, problem });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rounds to the stored type, to nearest.
+pub(super) fn to_stored(dtype: Dtype, rows: &[f32]) -> Vec<u8> {
+    match dtype {
+        Dtype::F32 => rows.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        Dtype::F16 => rows.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+        Dtype::Bf16 => rows.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+    }
+}
