@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use icecache_core::Dtype;
-use icecache_core::vector::{Addition, Effort, Metric, Neighbours, OnConflict, VectorConfig, VectorError, VectorIndex};
+use icecache_core::vector::{
+    Addition, Effort, Filter, Metric, Neighbours, OnConflict, VectorConfig, VectorError, VectorIndex,
+};
 use proptest::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
@@ -78,6 +80,40 @@ fn check_exact(metric: Metric, found: &Neighbours, query: &[f32], model: &BTreeM
     assert_eq!(ids.len(), n, "an id came twice");
 }
 
+/// A range search finds what lies within the radius, whatever the radius: here the distance of the `k`-th neighbour.
+fn check_range(index: &VectorIndex, metric: Metric, query: &[f32], model: &BTreeMap<i64, Vec<f32>>, k: usize) {
+    let mut all: Vec<f64> = model.values().map(|row| distance(metric, query, row)).collect();
+    all.sort_by(f64::total_cmp);
+    for radius in [all.get(k.min(all.len().max(1) - 1)).copied().unwrap_or(1.0), -1e30, 1e30] {
+        let found = index.range_search(None, query, radius as f32, None, Effort::default()).unwrap();
+        assert_eq!(found.limits, [0, found.ids.len() as i64]);
+        assert!(found.distances.is_sorted());
+        let surely = all.iter().filter(|&&distance| distance < radius - 1e-3).count();
+        let perhaps = all.iter().filter(|&&distance| distance <= radius + 1e-3).count();
+        assert!((surely..=perhaps).contains(&found.ids.len()), "{surely} <= {} <= {perhaps}", found.ids.len());
+        for (id, &got) in found.ids.iter().zip(&found.distances) {
+            assert!((f64::from(got) - distance(metric, query, &model[id])).abs() <= 1e-3);
+        }
+        let ids: std::collections::BTreeSet<_> = found.ids.iter().collect();
+        assert_eq!(ids.len(), found.ids.len(), "an id came twice");
+        let few = index.range_search(None, query, radius as f32, Some(3), Effort::default()).unwrap();
+        assert_eq!(few.ids, found.ids[..found.ids.len().min(3)]);
+    }
+}
+
+/// A filter leaves the allowed ids in the order of the unfiltered result.
+fn check_filter(index: &VectorIndex, query: &[f32], everything: &Neighbours, seed: u64) {
+    let allowed = |id: &i64| (*id as u64).wrapping_mul(seed | 1).is_multiple_of(3);
+    let wanted: Vec<i64> = everything.ids.iter().copied().filter(|id| *id >= 0 && allowed(id)).collect();
+    let mask: Vec<bool> = (0..=everything.ids.iter().max().copied().unwrap_or(0)).map(|id| allowed(&id)).collect();
+    for filter in [Filter::ids(&wanted), Filter::mask(&mask)] {
+        let effort = Effort { filter: Some(&filter), ..Effort::EXACT };
+        let found = index.search(None, query, everything.ids.len(), effort).unwrap();
+        assert_eq!(found.ids[..wanted.len()], wanted);
+        assert!(found.ids[wanted.len()..].iter().all(|&id| id == -1));
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Add { seed: u64, n: usize },
@@ -86,6 +122,9 @@ enum Step {
     Search { seed: u64, k: usize },
     Reload,
     Copy,
+    Compact,
+    Snapshot,
+    Cancel { seed: u64, n: usize, replace: bool },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -98,6 +137,10 @@ fn step() -> impl Strategy<Value = Step> {
             .prop_map(|(seed, k)| Step::Search { seed, k }),
         1 => Just(Step::Reload),
         1 => Just(Step::Copy),
+        1 => Just(Step::Compact),
+        1 => Just(Step::Snapshot),
+        1 => (any::<u64>(), 1usize..1500, any::<bool>())
+            .prop_map(|(seed, n, replace)| Step::Cancel { seed, n, replace }),
     ]
 }
 
@@ -128,9 +171,35 @@ fn run(metric: Metric, steps: &[Step]) {
                 check_exact(metric, &found, &query, &model, *k);
                 let all_pages =
                     index.search(None, &query, *k, Effort { beam: Some(usize::MAX), ..Effort::default() }).unwrap();
-                assert_eq!((all_pages.ids, all_pages.distances), (found.ids, found.distances));
+                assert_eq!((&all_pages.ids, &all_pages.distances), (&found.ids, &found.distances));
+                check_range(&index, metric, &query, &model, *k);
+                if *k > model.len() {
+                    check_filter(&index, &query, &found, *seed);
+                }
             }
             Step::Reload => index = VectorIndex::from_bytes(&pool, &index.to_bytes()).unwrap(),
+            Step::Compact => index.compact(&pool, None).unwrap(),
+            Step::Snapshot => {
+                let snapshot = index.snapshot();
+                let bytes = snapshot.to_bytes();
+                let _ = index.remove(&pool, &[0, 1, 2], false).unwrap();
+                model.retain(|id, _| *id > 2);
+                add(&index, &pool, Some(&[0]), &whole_rows(5, 1), OnConflict::Error).unwrap();
+                model.insert(0, whole_rows(5, 1));
+                snapshot.validate().unwrap();
+                assert_eq!(snapshot.to_bytes(), bytes);
+                assert!(matches!(snapshot.remove(&pool, &[0], false), Err(VectorError::ReadOnly)));
+            }
+            Step::Cancel { seed, n, replace } => {
+                let before = index.to_bytes();
+                let ids: Vec<i64> = (0..*n as i64).collect();
+                let rows = whole_rows(*seed, *n);
+                let ids = replace.then_some(ids.as_slice());
+                let addition = Addition { vectors: rows.as_slice().into(), ids, on_conflict: OnConflict::Replace };
+                let outcome = index.add(&pool, addition, Some(&mut |_, _| std::ops::ControlFlow::Break(())));
+                assert!(matches!(outcome, Err(VectorError::Cancelled)), "{outcome:?}");
+                assert_eq!(index.to_bytes(), before);
+            }
             Step::Copy => {
                 let twin = index.copy();
                 add(&index, &pool, None, &whole_rows(1, 20), OnConflict::Error).unwrap();

@@ -85,7 +85,7 @@ impl Forest {
     pub(crate) fn of_view(store: Arc<PageStore>, view: &View) -> Self {
         let heads = vec![HeadIndex::of_view(Arc::clone(&store), view)];
         // The view does not know of removals, so tokens may be missing.
-        Self::from_parts(store, heads, view.tokens(), true)
+        Self::from_parts(store, heads, Sealing::default(), view.tokens(), true)
     }
 
     /// Store of its pages.

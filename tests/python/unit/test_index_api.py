@@ -54,7 +54,13 @@ def test_a_filter_of_unknown_or_no_ids_finds_nothing():
 
 @pytest.mark.parametrize(
     ("filter", "error"),
-    [([-1], ValueError), ([1.5], TypeError), ("x", TypeError), (np.ones((2, 2), bool), ValueError), ([[1]], ValueError)],
+    [
+        ([-1], ValueError),
+        ([1.5], TypeError),
+        ("x", TypeError),
+        (np.ones((2, 2), bool), ValueError),
+        ([[1]], ValueError),
+    ],
 )
 def test_a_bad_filter_is_refused_by_name(filter, error):
     with pytest.raises(error, match="filter"):

@@ -132,8 +132,9 @@ impl<'a> Range<'a> {
                     mean_square: summaries.mean_squares[place],
                     reach: summaries.radii[place],
                 };
-                // Not `<=`: what is not a number is looked at. A distance is rounded to f32 at the end.
-                if !(self.nearest(&bound, norm) > self.radius + 1e-6 * self.radius.abs()) {
+                // A distance is rounded to f32 at the end. What is not a number is not too far, and is looked at.
+                let too_far = self.nearest(&bound, norm) > self.radius + 1e-6 * self.radius.abs();
+                if !too_far {
                     let longest = 1.001 * (bound.mean_square.sqrt() + bound.reach);
                     pages.push((self.promise(&bound), longest, segment * SEGMENT_PAGES + place));
                 }
