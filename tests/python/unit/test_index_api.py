@@ -24,10 +24,10 @@ def test_a_filtered_search_is_a_search_among_the_allowed(metric, share):
     alive = np.flatnonzero(allowed & (np.arange(5000) % 11 != 0))
     truth = brute_force(queries, data[alive], 10, metric)
     wanted = np.where(truth.ids >= 0, alive[truth.ids] if len(alive) else -1, -1)
-    for filter in (allowed, np.flatnonzero(allowed), Filter(allowed), Filter(np.flatnonzero(allowed).tolist())):
-        found = index.search(queries, 10, filter=filter, exact=True)
+    for chosen in (allowed, np.flatnonzero(allowed), Filter(allowed), Filter(np.flatnonzero(allowed).tolist())):
+        found = index.search(queries, 10, filter=chosen, exact=True)
         np.testing.assert_array_equal(found.ids, wanted)
-        default = index.search(queries, 10, filter=filter)
+        default = index.search(queries, 10, filter=chosen)
         assert allowed[default.ids[default.ids >= 0]].all()
         assert (default.counts == found.counts).all()
         assert default.recall(found) >= 0.9
@@ -36,7 +36,10 @@ def test_a_filtered_search_is_a_search_among_the_allowed(metric, share):
 def test_a_filter_follows_the_index_it_is_used_with():
     index, other = Index.build(vectors(3000), metric="l2"), Index.build(vectors(40), metric="l2")
     chosen = Filter([3, 7, 5000])
-    everything = lambda of: sorted(of.search(vectors(1)[0], 10, filter=chosen).ids.tolist(), reverse=True)[:3]
+
+    def everything(of: Index) -> list[int]:
+        return sorted(of.search(vectors(1)[0], 10, filter=chosen).ids.tolist(), reverse=True)[:3]
+
     assert everything(index) == [7, 3, -1]
     index.add(vectors(1), ids=[5000])
     assert everything(index) == [5000, 7, 3]
@@ -53,7 +56,7 @@ def test_a_filter_of_unknown_or_no_ids_finds_nothing():
 
 
 @pytest.mark.parametrize(
-    ("filter", "error"),
+    ("allowed", "error"),
     [
         ([-1], ValueError),
         ([1.5], TypeError),
@@ -62,9 +65,9 @@ def test_a_filter_of_unknown_or_no_ids_finds_nothing():
         ([[1]], ValueError),
     ],
 )
-def test_a_bad_filter_is_refused_by_name(filter, error):
+def test_a_bad_filter_is_refused_by_name(allowed, error):
     with pytest.raises(error, match="filter"):
-        Index.build(vectors(10)).search(vectors(1), filter=filter)
+        Index.build(vectors(10)).search(vectors(1), filter=allowed)
 
 
 def test_a_snapshot_stays_as_it_is_and_cannot_be_written_to():
