@@ -40,9 +40,10 @@ class IceRuntime:
         chosen = make_policy(policy, config)
         self.model, self.config, self.policy = model, config, policy
         self._recorder = Recorder()
+        pool = shared_pool(config.threads)
         self._services = Services(
-            pool=shared_pool(config.threads),
-            stores=Stores(config.host_memory),
+            pool=pool,
+            stores=Stores(config.host_memory, pool),
             staging=Staging(),
             recorder=self._recorder,
             selector=chosen.selector,

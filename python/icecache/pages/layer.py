@@ -84,7 +84,7 @@ class LayerPages:
             Nothing is kept then.
         """
         n_rows, n_heads, n_positions, key_dim = keys.shape
-        store = stores.get(key_dim, values.shape[-1], keys.dtype)
+        store = stores.get(key_dim, values.shape[-1], keys.dtype, keys.device)
         padding = PaddingLog(n_rows)
         padding.append(n_positions, valid)
         near, moves, forests, forgotten = [], [], [], []

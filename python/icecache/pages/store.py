@@ -7,10 +7,12 @@ import numpy.typing as npt
 import torch
 
 from icecache import _core
-from icecache.errors import UnsupportedModelError
+from icecache.errors import PoolExhaustedError, UnsupportedModelError
+from icecache.pages.host import host_memory, warn_if_pageable
 
 Bytes = npt.NDArray[np.uint8]
 
+_CPU = torch.device("cpu")
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -37,20 +39,27 @@ def to_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Stores:
-    """The page stores of one runtime: one per (key dim, value dim, dtype).
+    """The page stores of one runtime: one per (key dim, value dim, dtype, kind of device).
 
     Parameters
     ----------
     limit_bytes : int or None
         Limit of each store.
+    pool : Pool or None
+        Its threads commit page-locked memory; None: memory is never page-locked.
+    memory : HostMemory or None
+        Where memory comes from, whatever the device; None: page-locked memory for a GPU, the ordinary one otherwise.
     """
 
-    def __init__(self, limit_bytes: int | None) -> None:
-        self.limit_bytes = limit_bytes
-        self._stores: dict[tuple[int, int, torch.dtype], _core.PageStore] = {}
+    def __init__(
+        self, limit_bytes: int | None, pool: _core.Pool | None = None, memory: _core.HostMemory | None = None
+    ) -> None:
+        self.limit_bytes, self.pool, self.memory = limit_bytes, pool, memory
+        self._fixed = memory is not None
+        self._stores: dict[tuple[int, int, torch.dtype, str], _core.PageStore] = {}
 
-    def get(self, key_dim: int, value_dim: int, dtype: torch.dtype) -> _core.PageStore:
-        """Store for pages of this shape.
+    def get(self, key_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device = _CPU) -> _core.PageStore:
+        """Store for pages of this shape, which `device` can read in place if their memory can be page-locked.
 
         Raises
         ------
@@ -61,10 +70,36 @@ class Stores:
         if name is None:
             msg = f"the KV cache must be float32, float16 or bfloat16, got {dtype}"
             raise UnsupportedModelError(msg)
-        shape = (key_dim, value_dim, dtype)
+        shape = (key_dim, value_dim, dtype, device.type)
         if shape not in self._stores:
-            self._stores[shape] = _core.PageStore(key_dim, value_dim, name, limit_bytes=self.limit_bytes)
+            memory = self._memory_for(device)
+            self._stores[shape] = _core.PageStore(key_dim, value_dim, name, limit_bytes=self.limit_bytes, memory=memory)
         return self._stores[shape]
+
+    def _memory_for(self, device: torch.device) -> _core.HostMemory | None:
+        if self._fixed:
+            return self.memory
+        if device.type == "cpu" or self.pool is None:
+            return None
+        if self.memory is None:
+            self.memory = host_memory(self.pool, device)
+        return self.memory
+
+    def reserve(self, n_bytes: int) -> None:
+        """Take memory ahead for `n_bytes` more of pages per store; page-locking it within a step would delay it.
+
+        Raises
+        ------
+        PoolExhaustedError
+            If there is none; what was reserved before stays.
+        """
+        try:
+            for store in self._stores.values():
+                store.reserve(n_bytes)
+        except MemoryError as error:
+            raise PoolExhaustedError(str(error), needed_bytes=n_bytes) from error
+        if self.memory is not None and not self._fixed:
+            warn_if_pageable(self.memory)
 
     def owns(self, store: _core.PageStore) -> bool:
         """Whether `store` is one of these."""

@@ -175,7 +175,9 @@ impl HostMemory {
                     let remedy = "page-locking failed; lower the limit or use pageable memory";
                     return Err(give_up(rounded, format!("{remedy}: {reason}")));
                 }
-                Err(reason) => drop(lock(&shared.state).fallback.get_or_insert(reason).len()),
+                Err(reason) => {
+                    lock(&shared.state).fallback.get_or_insert(reason);
+                }
             }
         }
         let mut state = lock(&shared.state);
@@ -225,13 +227,23 @@ unsafe impl SlabAllocator for HostMemory {
 
 /// Bytes that this process may still take, where the system tells.
 pub(crate) fn available_bytes() -> Option<usize> {
-    let machine = std::fs::read_to_string("/proc/meminfo").ok().and_then(|text| {
-        let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-        line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok().map(|kib| kib << 10)
+    let machine = field("/proc/meminfo", "MemAvailable:").map(|kib| kib << 10);
+    let limit = number("/sys/fs/cgroup/memory.max");
+    let group = limit.and_then(|limit| {
+        // What the group holds for files is given back when it is needed.
+        let cached = field("/sys/fs/cgroup/memory.stat", "inactive_file ").unwrap_or(0);
+        Some((limit + cached).saturating_sub(number("/sys/fs/cgroup/memory.current")?))
     });
-    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<usize>().ok();
-    let group = |limit: &str, used: &str| Some(number(limit)?.saturating_sub(number(used)?));
-    let two = group("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current");
-    let one = group("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes");
-    machine.into_iter().chain(two).chain(one).min()
+    machine.into_iter().chain(group).min()
+}
+
+fn number(path: &str) -> Option<usize> {
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// The number behind `name` in a file with a field per line.
+fn field(path: &str, name: &str) -> Option<usize> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix(name))?;
+    value.split_whitespace().next()?.parse().ok()
 }

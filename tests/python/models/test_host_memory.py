@@ -1,0 +1,101 @@
+"""Page-locked memory of a runtime comes back, whatever ends its use; a device that only keeps the books stands in."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+from icecache import IceRuntime, PoolExhaustedError, _core
+from icecache.pages import Stores, warn_if_pageable
+from tiny import build, prompt
+
+POOL = _core.Pool(1)
+
+
+def forward(model, ids, cache):
+    with torch.no_grad():
+        return model(ids, past_key_values=cache, use_cache=True).logits
+
+
+def wrap(model, **options) -> tuple[IceRuntime, _core.HostMemory]:
+    memory = _core.HostMemory(POOL, pin="simulated", **options)
+    runtime = IceRuntime.wrap(model, dense_below=0)
+    runtime._services.stores = Stores(None, POOL, memory)
+    return runtime, memory
+
+
+def held(memory: _core.HostMemory) -> int:
+    gc.collect()
+    assert memory.pinned_bytes() == memory.reserved_bytes()
+    return memory.pinned_bytes()
+
+
+def test_deleting_the_last_cache_and_the_runtime_frees_everything():
+    model = build("llama")
+    runtime, memory = wrap(model)
+    caches = [runtime.new_cache() for _ in range(2)]
+    for cache in caches:
+        forward(model, prompt(1, 300), cache)
+    del cache
+    assert held(memory) > 0
+    runtime.unwrap()
+    caches.clear()
+    del runtime
+    assert held(memory) == 0
+
+
+def test_an_exception_in_a_forward_leaks_nothing():
+    model = build("llama")
+    runtime, memory = wrap(model)
+    handle = model.model.layers[-1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forward(model, prompt(1, 300), runtime.new_cache())
+    handle.remove()
+    assert held(memory) > 0, "the store keeps its slabs for the next sequence"
+    runtime.unwrap()
+    del runtime
+    assert held(memory) == 0
+
+
+def test_memory_that_cannot_be_had_is_an_error_with_the_bytes_and_the_cache_stays_empty():
+    model = build("llama")
+    runtime, memory = wrap(model, limit_bytes=1 << 20)
+    with runtime:
+        cache = runtime.new_cache()
+        with pytest.raises(PoolExhaustedError, match=r"\d+ bytes needed, 1048576 available"):
+            forward(model, prompt(1, 300), cache)
+        assert cache.get_seq_length() == 0
+    del runtime, cache
+    assert held(memory) == 0
+
+
+def test_pageable_memory_in_the_place_of_page_locked_one_warns_and_works():
+    model = build("llama")
+    runtime, memory = wrap(model, simulated_limit=1)
+    with runtime:
+        cache, ids = runtime.new_cache(), prompt(1, 300)
+        got = forward(model, ids, cache)
+    with pytest.warns(RuntimeWarning, match="simulated limit of 1 bytes"):
+        warn_if_pageable(memory)
+    assert not memory.is_pinned()
+    assert torch.isfinite(got).all()
+
+
+def test_a_source_that_works_does_not_warn():
+    memory = _core.HostMemory(POOL, pin="simulated")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_pageable(memory)
+
+
+def test_reserving_ahead_spares_the_insert_an_allocation():
+    memory = _core.HostMemory(POOL, pin="simulated")
+    stores = Stores(None, POOL, memory)
+    store = stores.get(16, 16, torch.float32)
+    stores.reserve(40 << 20)
+    reserved = memory.reserved_bytes()
+    assert reserved >= 40 << 20
+    assert store.used_bytes() == 0
+    assert store.reserved_bytes() == reserved
