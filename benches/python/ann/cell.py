@@ -91,9 +91,11 @@ def _build(peer: Peer, data: Dataset, threads: int) -> Event:
     elapsed = time.perf_counter() - clock
     grown = (anonymous_bytes() - before) / len(data.base)
     payload = peer.component_bytes * data.base.shape[1]
+    own = getattr(peer, "own_bytes", None)  # only ours counts for itself
+    declared = round(own() / len(data.base) - payload, 1) if own else None
     return {
         "event": "build", "threads": threads, "cpu_s": round(seconds, 3), "wall_s": round(elapsed, 3),
-        "bytes": round(grown, 1), "payload": payload, "overhead": round(grown - payload, 1),
+        "bytes": round(grown, 1), "payload": payload, "overhead": round(grown - payload, 1), "declared": declared,
     }  # fmt: skip
 
 

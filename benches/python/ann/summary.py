@@ -16,6 +16,8 @@ class Row:
 
     Attributes
     ----------
+    overhead, declared : float
+        Bytes a vector beside the vectors: growth of the process's memory, and what the index counts itself.
     points : list[dict]
         As `ann.sweep.Point`: recall and microseconds per query of each setting.
     pairs : dict[int, list[float]]
@@ -33,6 +35,7 @@ class Row:
     build_cpu_s: float | None = None
     build_wall_s: float | None = None
     overhead: float | None = None
+    declared: float | None = None
     insert_single_us: float | None = None
     insert_batch_us: float | None = None
     remove_single_us: float | None = None
@@ -84,7 +87,8 @@ def row(file: Path) -> Row:
         elif kind == "data":
             out.n, out.about, out.digest = event["n"], event["about"], event["digest"]  # type: ignore[assignment]
         elif kind == "build":
-            out.build_cpu_s, out.build_wall_s, out.overhead = event["cpu_s"], event["wall_s"], event["overhead"]  # type: ignore[assignment]
+            out.build_cpu_s, out.build_wall_s = event["cpu_s"], event["wall_s"]  # type: ignore[assignment]
+            out.overhead, out.declared = event["overhead"], event.get("declared")  # type: ignore[assignment]
         elif kind == "point":
             out.points.append(event)  # type: ignore[arg-type]
         elif kind == "insert":

@@ -42,6 +42,10 @@ class IceCache:
     def search_one(self, query: Floats, k: int) -> object:
         return self.index.search(query, k, beam=self.beam)
 
+    def own_bytes(self) -> int:
+        """Bytes the index says it holds."""
+        return self.index.nbytes()
+
     def add(self, ids: Ids, vectors: Floats) -> None:
         self.index.add(vectors, ids)
 
