@@ -21,6 +21,7 @@ class IceCache:
         self.dtype: Dtype = dtype
         self.component_bytes = 4.0 if dtype == "float32" else 2.0
         self.beam: int | None = None
+        self.count = 1
 
     def build(self, vectors: Floats, metric: Metric, threads: int) -> None:
         self.index = Index.build(vectors, metric=metric, dtype=self.dtype, threads=threads)
@@ -34,10 +35,10 @@ class IceCache:
         self.beam = effort or None
 
     def threads(self, count: int) -> None:
-        self.index._threads = count
+        self.count = count
 
     def search(self, queries: Floats, k: int) -> Ids:
-        return self.index.search(queries, k, beam=self.beam).ids
+        return self.index.search(queries, k, beam=self.beam, threads=self.count).ids
 
     def search_one(self, query: Floats, k: int) -> object:
         return self.index.search(query, k, beam=self.beam)
@@ -47,7 +48,7 @@ class IceCache:
         return self.index.nbytes()
 
     def add(self, ids: Ids, vectors: Floats) -> None:
-        self.index.add(vectors, ids)
+        self.index.add(vectors, ids, threads=self.count)
 
     def remove(self, ids: Ids) -> None:
         self.index.remove(ids)
