@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUST    := $(shell find rust -name '*.rs') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: demo test lint bench bench-ann build wheel test-rust test-python test-oldest clean
+.PHONY: demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon clean
 .DELETE_ON_ERROR:
 
 build: .venv/.built
@@ -47,6 +47,16 @@ lint: build
 
 test-rust:
 	cargo test -q --workspace --exclude icecache-py
+
+# The kernels for 64-bit Arm, run by qemu: needs gcc-aarch64-linux-gnu, qemu-user and
+# `rustup target add aarch64-unknown-linux-gnu`. TESTS= runs all tests of the core.
+ARM   := aarch64-unknown-linux-gnu
+TESTS ?= simd
+check-neon:
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+		cargo test -q -p icecache-core --lib --target $(ARM) $(TESTS)
+	cargo clippy -q -p icecache-core --lib --tests --target $(ARM) -- -D warnings
 
 test-python: build
 	$(PYTEST) $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/python/structure

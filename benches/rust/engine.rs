@@ -135,7 +135,7 @@ fn main() {
         "{{\"tokens\": {tokens}, \"workers\": {workers}, \"layers\": {layers}, \"steps\": {steps}, \"simd\": \"{}\", \
          \"layer_us_p50\": {:.1}, \"layer_us_p90\": {:.1}, \"layer_us_p99\": {:.1}, \"longest_unit_us_p50\": {:.1}, \
          \"begin_us_p50\": {:.1}, \"build_s\": {build_s:.1}}}",
-        icecache_core::instruction_set(),
+        icecache_core::instruction_set().unwrap(),
         percentile(&waits, 0.5),
         percentile(&waits, 0.9),
         percentile(&waits, 0.99),

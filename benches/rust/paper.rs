@@ -144,7 +144,7 @@ fn run(data: &keys::Data, pool: &ThreadPool) {
     let (ice_pages, ice_bytes) = (ice.n_pages()[0], ice.index_bytes() as f64 / n as f64);
     println!(
         "{{\"n\":{n},\"isa\":\"{}\",\"levels\":{:?},\"anchored\":{:.3},\"scored_share\":{:.3},\"mass16\":{{\"paper\":{:.3},\"ice\":{:.3},\"ice8\":{:.3},\"paper_group\":{:.3},\"ice_group\":{:.3}}},\"fill\":{{\"paper\":{:.2},\"ice\":{:.2}}},\"bytes_per_key\":{{\"paper\":{paper_bytes:.1},\"ice\":{ice_bytes:.1}}}}}",
-        instruction_set(),
+        instruction_set().unwrap(),
         paper.level_counts(),
         paper.counters().anchored as f64 / n as f64,
         scored / n as f64,

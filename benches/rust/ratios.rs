@@ -135,7 +135,7 @@ fn main() {
         first = if first == 0.0 { whole } else { first };
         println!(
             "{{\"isa\":\"{}\",\"n\":{n},\"build_us_per_key\":{:.2},\"index_bytes_per_key\":{:.1},\"search_us\":{whole:.1},\"scan_us\":{scan:.1},\"exact96_us\":{exact:.1},\"brute_us\":{brute:.1},\"search/(scan+exact)\":{:.2},\"search/brute\":{:.3},\"growth\":{:.2}}}",
-            instruction_set(),
+            instruction_set().unwrap(),
             case.build_us,
             case.forest.index_bytes() as f64 / n as f64,
             whole / (scan + exact),

@@ -12,6 +12,7 @@ use std::ptr::NonNull;
 use crate::error::{Error, Result};
 use crate::ids::{PageId, PageRef};
 use crate::layout::PageLayout;
+use crate::simd::instruction_set;
 use crate::sync::{Arc, AtomicU32, AtomicUsize, Mutex, OnceLock, Ordering, lock};
 
 /// Bytes of a slab unless the options say otherwise.
@@ -165,8 +166,10 @@ impl PageStore {
     /// An empty store.
     ///
     /// # Errors
-    /// If the layout is invalid or the limit is smaller than one page.
+    /// If the layout is invalid, the limit is smaller than one page, or `ICECACHE_SIMD` names no instruction set of
+    /// this machine.
     pub fn new(layout: PageLayout, options: StoreOptions) -> Result<Arc<Self>> {
+        instruction_set()?;
         let layout = PageLayout::new(layout.dtype, layout.key_dim, layout.value_dim)?;
         let page_bytes = layout.page_bytes();
         let limit_pages = options.limit_bytes.map_or(u32::MAX as usize, |bytes| bytes / page_bytes);

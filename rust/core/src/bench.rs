@@ -5,7 +5,7 @@ use crate::config::{PAGE_TOKENS, SearchOptions};
 use crate::layout::Dtype;
 use crate::math::{dots, log_sum};
 use crate::search::{PageScorer, QuantisedQueries, Scan};
-use crate::simd::{BLOCK, Dots, Logit, kernels};
+use crate::simd::{BLOCK, Dots, Kernels, Logit, available, kernels};
 use crate::snapshot::View;
 
 /// Buffers of the stages below.
@@ -95,4 +95,41 @@ pub fn exact_lse(view: &View, queries: &[f32], options: &SearchOptions) -> Vec<f
         max + lse.iter().map(|x| (x - max).exp()).sum::<f32>().ln()
     };
     pages.iter().map(total).collect()
+}
+
+/// The kernels of one instruction set.
+#[derive(Clone, Copy)]
+pub struct KernelSet(&'static Kernels);
+
+impl KernelSet {
+    /// All that this machine has, best first.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        available().into_iter().map(Self).collect()
+    }
+
+    /// Its name, as `ICECACHE_SIMD` takes it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.0.name
+    }
+
+    /// Dot products of rows in `dtype` with queries `[group, dim]`, `out[g * n + r]`.
+    pub fn dots(self, dtype: Dtype, rows: &[u8], dim: usize, queries: &[f32], out: &mut [f32]) {
+        let n = rows.len() / (dim * dtype.size());
+        (self.0.dots)(Dots { dtype, rows, dim, queries }, n, out);
+    }
+
+    /// Integer scan of blocks of 16 int8 means `[dim / 2, 16, 2]` with queries `[group, dim]`; sums of the last block.
+    pub fn scan(self, blocks: &[i8], dim: usize, queries: &[i16], out: &mut [i32]) {
+        for block in blocks.chunks_exact(BLOCK * dim) {
+            (self.0.scan)(block, queries, dim / 2, out);
+        }
+    }
+
+    /// Exponentials of `x - max` in place; returns their sum.
+    #[must_use]
+    pub fn exp_sum(self, x: &mut [f32], max: f32) -> f32 {
+        (self.0.exp_sum)(x, max)
+    }
 }

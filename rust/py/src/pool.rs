@@ -63,6 +63,6 @@ fn default_threads() -> PyResult<usize> {
 
 /// Name of the instruction set that the loops use on this machine.
 #[pyfunction]
-pub(crate) fn simd() -> &'static str {
-    instruction_set()
+pub(crate) fn simd(py: Python<'_>) -> PyResult<&'static str> {
+    instruction_set().map_err(|error| error.into_py(py))
 }

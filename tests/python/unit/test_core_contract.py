@@ -192,4 +192,4 @@ def test_unaligned_bytes_are_read_as_they_are():
 
 
 def test_the_instruction_set_has_a_name():
-    assert _core.simd() in ("scalar", "avx2", "avx512", "neon")
+    assert _core.simd() in ("scalar", "avx2", "avxvnni", "avx512", "avx512vnni", "neon")

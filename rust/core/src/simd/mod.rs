@@ -3,14 +3,21 @@
 //! `scalar.rs` is the specification. Sums of floats have a fixed shape: lane `l` of 8 adds the products of elements
 //! `l, l + 8, ...` in order with fused multiply-adds, and the lanes are added as
 //! `((0+4)+(2+6)) + ((1+5)+(3+7))`. So a result depends neither on the instruction set nor on how many rows are
-//! scored together. Integer sums are exact.
+//! scored together. Integer sums are exact. Wider registers hold two rows side by side, not longer rows.
+//!
+//! The environment variable `ICECACHE_SIMD` names the set to use instead of the best one: for tests and measurements.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(test)]
 mod tests;
 
+use crate::error::{Error, Result};
 use crate::layout::Dtype;
 use crate::sync::OnceLock;
 
@@ -18,6 +25,8 @@ use crate::sync::OnceLock;
 pub(crate) const LANES: usize = 8;
 /// Pages of a summary block; see `segment.rs` for the layout.
 pub(crate) const BLOCK: usize = 16;
+/// The variable that overrides the choice.
+const OVERRIDE: &str = "ICECACHE_SIMD";
 
 /// What a dot-product call reads: `n` rows of `dim` elements against `group` queries.
 #[derive(Debug, Clone, Copy)]
@@ -64,21 +73,62 @@ pub(crate) struct Kernels {
 }
 
 /// The kernels of this machine, chosen at the first call.
+#[inline]
 pub(crate) fn kernels() -> &'static Kernels {
-    static KERNELS: OnceLock<&'static Kernels> = OnceLock::new();
-    KERNELS.get_or_init(choose)
+    choice().0
 }
 
-fn choose() -> &'static Kernels {
+/// The kernels, and what is wrong with the override if anything: then the best kernels, which nobody gets to use,
+/// because the constructors fail.
+fn choice() -> &'static (&'static Kernels, Result<()>) {
+    static CHOICE: OnceLock<(&'static Kernels, Result<()>)> = OnceLock::new();
+    CHOICE.get_or_init(|| {
+        let wanted = std::env::var_os(OVERRIDE).map(|name| name.to_string_lossy().into_owned());
+        match choose(wanted.as_deref()) {
+            Ok(kernels) => (kernels, Ok(())),
+            Err(error) => (available()[0], Err(error)),
+        }
+    })
+}
+
+fn choose(wanted: Option<&str>) -> Result<&'static Kernels> {
+    let available = available();
+    let Some(wanted) = wanted.filter(|name| !name.is_empty()) else { return Ok(available[0]) };
+    available.into_iter().find(|kernels| kernels.name == wanted).ok_or_else(|| Error::Option {
+        name: OVERRIDE,
+        expected: "one that this machine has of scalar, avx2, avxvnni, avx512, avx512vnni and neon",
+        received: wanted.to_owned(),
+    })
+}
+
+/// What this machine can run, best first.
+pub(crate) fn available() -> Vec<&'static Kernels> {
+    let mut all = Vec::new();
     #[cfg(target_arch = "x86_64")]
-    if let Some(kernels) = avx2::detect() {
-        return kernels;
-    }
-    &scalar::KERNELS
+    all.extend(avx512::detect().chain(avx2::detect()));
+    #[cfg(target_arch = "aarch64")]
+    all.extend(neon::detect());
+    all.push(&scalar::KERNELS);
+    all
 }
 
-/// Name of the instruction set in use: `scalar` or `avx2`.
-#[must_use]
-pub fn instruction_set() -> &'static str {
-    kernels().name
+/// Name of the instruction set in use: `scalar`, `avx2`, `avxvnni`, `avx512`, `avx512vnni` or `neon`. The best one of
+/// this machine unless the environment variable `ICECACHE_SIMD` named another when the first kernel ran.
+///
+/// # Errors
+/// If `ICECACHE_SIMD` names none of them, or one that this machine lacks.
+pub fn instruction_set() -> Result<&'static str> {
+    choice().1.clone().map(|()| kernels().name)
+}
+
+/// Asks for the cache lines of `bytes`, which will be read soon.
+#[inline]
+pub(crate) fn prefetch(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(64) {
+        // SAFETY: a prefetch reads nothing; SSE is part of x86-64.
+        unsafe { std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr().cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = bytes;
 }

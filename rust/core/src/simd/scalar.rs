@@ -80,7 +80,14 @@ fn to_logits(x: &mut [f32; BLOCK], logit: Logit) {
     }
 }
 
-fn logits(raw: &[i32], scales: &[f32], query_scale: f32, logit: Logit, ln_counts: &[f32], out: &mut [f32]) -> f32 {
+pub(super) fn logits(
+    raw: &[i32],
+    scales: &[f32],
+    query_scale: f32,
+    logit: Logit,
+    ln_counts: &[f32],
+    out: &mut [f32],
+) -> f32 {
     let mut x = [0.0_f32; BLOCK];
     for p in 0..BLOCK {
         // The product of scales may overflow; the bound keeps 0 * infinity away.
@@ -198,12 +205,18 @@ fn max16(x: &[f32; BLOCK]) -> f32 {
     max[0]
 }
 
-fn softmax(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {
+/// Logits of the first `count` dot products, minus infinity for the others, and the largest.
+pub(super) fn masked_logits(dots: &[f32], count: usize, logit: Logit) -> ([f32; BLOCK], f32) {
     // Lanes at and above `count` hold leftovers: computed like the others, then masked.
     let mut x = [f32::NEG_INFINITY; BLOCK];
     x.copy_from_slice(&dots[..BLOCK]);
     to_logits(&mut x, logit);
     x[count..].fill(f32::NEG_INFINITY);
     let max = max16(&x);
+    (x, max)
+}
+
+fn softmax(dots: &[f32], count: usize, logit: Logit) -> (f32, f32) {
+    let (mut x, max) = masked_logits(dots, count, logit);
     if count == 0 { (max, 0.0) } else { (max, exp_sum(&mut x, max)) }
 }

@@ -7,10 +7,7 @@ use crate::layout::Dtype;
 use crate::math::dot_f64;
 
 fn all() -> Vec<&'static Kernels> {
-    let mut all = vec![&scalar::KERNELS];
-    #[cfg(target_arch = "x86_64")]
-    all.extend(super::avx2::detect());
-    all
+    super::available()
 }
 
 fn noise(n: usize, seed: u32) -> Vec<f32> {
@@ -54,31 +51,59 @@ fn dot_products_stay_within_the_rounding_bound_of_f64() {
     }
 }
 
+/// Bits of a result; one kind of NaN stands for all.
+fn bits(x: f32) -> u32 {
+    if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }
+}
+
+/// Fails unless `run` gives the same bits with all kernels of this machine.
+fn same_bits(run: impl Fn(&Kernels) -> Vec<f32>, what: impl Fn() -> String) {
+    let specified: Vec<u32> = run(&scalar::KERNELS).into_iter().map(bits).collect();
+    for kernels in all() {
+        let got: Vec<u32> = run(kernels).into_iter().map(bits).collect();
+        assert_eq!(got, specified, "{}: {}", kernels.name, what());
+    }
+}
+
 #[test]
 fn dot_products_have_the_same_bits_on_every_instruction_set() {
     for dtype in DTYPES {
-        for dim in [1, 5, 8, 12, 64, 80, 127, 128, 256, 257] {
-            for n in [1, 2, 3, 8, 9, 16] {
-                for group in [1, 2, 3, 4, 5, 7, 8] {
+        for dim in [1, 5, 8, 12, 64, 80, 127, 128, 257] {
+            for n in [1, 2, 3, 7, 8, 9, 15, 16, 17, 33] {
+                for group in [1, 2, 3, 4, 5, 6, 7, 8, 9] {
                     let mut keys = noise(n * dim, 3);
                     keys.iter_mut().step_by(5).for_each(|x| *x *= 1e-7); // subnormal in f16
                     keys.iter_mut().step_by(7).for_each(|x| *x *= 1e-39); // subnormal or zero
                     let mut bytes = vec![0];
                     bytes.extend(encode(dtype, &keys));
                     let queries = noise(group * dim, 4);
-                    // One byte off any alignment.
+                    // One byte off any alignment, and longer lines of output than rows.
                     let input = Dots { dtype, rows: &bytes[1..], dim, queries: &queries };
-                    let results: Vec<Vec<u32>> = all()
-                        .iter()
-                        .map(|kernels| {
-                            let mut out = vec![7.0; group * 20];
-                            (kernels.dots)(input, 20, &mut out);
-                            out.iter().map(|x: &f32| x.to_bits()).collect()
-                        })
-                        .collect();
-                    assert!(results.iter().all(|r| *r == results[0]), "{dtype:?} dim {dim}, {n} rows, group {group}");
+                    let run = |kernels: &Kernels| {
+                        let mut out = vec![7.0; group * (n + 3)];
+                        (kernels.dots)(input, n + 3, &mut out);
+                        out
+                    };
+                    same_bits(run, || format!("{dtype:?} dim {dim}, {n} rows, group {group}"));
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn dot_products_that_overflow_or_vanish_have_the_same_bits_on_every_instruction_set() {
+    for (seed, size) in [(1, 1e38), (2, 1e19), (3, 1e-20), (4, 1e-38), (5, 1e-44)] {
+        for dim in [3, 16, 61] {
+            let scaled = |x: Vec<f32>| x.into_iter().map(|x| x * size).collect::<Vec<f32>>();
+            let (keys, queries) = (scaled(noise(21 * dim, seed)), scaled(noise(5 * dim, seed + 9)));
+            let rows = encode(Dtype::F32, &keys);
+            let run = |kernels: &Kernels| {
+                let mut out = vec![0.0; 5 * 21];
+                (kernels.dots)(Dots { dtype: Dtype::F32, rows: &rows, dim, queries: &queries }, 21, &mut out);
+                out
+            };
+            same_bits(run, || format!("size {size}, dim {dim}"));
         }
     }
 }
@@ -103,12 +128,14 @@ fn a_dot_product_does_not_depend_on_how_many_rows_are_scored_together() {
 
 #[test]
 fn the_integer_scan_is_exact_up_to_the_largest_sums() {
+    /// Every size of a register tile: 8, 4, 2 and 1.
+    const GROUP: usize = 15;
     for kernels in all() {
-        for (dim, level) in [(2, 32767_i16), (64, 32767), (128, 32767), (514, 32767), (1024, 16383)] {
+        for (dim, level) in [(2, 32767_i16), (10, 32767), (64, 32767), (128, 32767), (514, 32767), (1024, 16383)] {
             let pairs = dim / 2;
             let block: Vec<i8> = (0..BLOCK * dim).map(|i| if i % 3 == 0 { -127 } else { 127 }).collect();
-            let queries: Vec<i16> = (0..5 * dim).map(|i| if i % 7 < 3 { level } else { -level }).collect();
-            let mut out = vec![0; 5 * BLOCK];
+            let queries: Vec<i16> = (0..GROUP * dim).map(|i| if i % 7 < 3 { level } else { -level }).collect();
+            let mut out = vec![0; GROUP * BLOCK];
             (kernels.scan)(&block, &queries, pairs, &mut out);
             for (i, got) in out.iter().enumerate() {
                 let (g, page) = (i / BLOCK, i % BLOCK);
@@ -136,28 +163,65 @@ fn the_exponential_is_within_two_ten_millionths_of_f64() {
 
 #[test]
 fn masses_have_the_same_bits_on_every_instruction_set() {
-    for n in [1, 8, 15, 16, 100] {
-        let x: Vec<f32> = noise(n, 8).iter().map(|x| x * 30.0 - 60.0).collect();
-        let results: Vec<(u32, Vec<u32>)> = all()
-            .iter()
-            .map(|kernels| {
-                let mut x = x.clone();
-                let sum = (kernels.exp_sum)(&mut x, 0.0);
-                let mut weights = noise(n, 9);
-                (kernels.add_scaled)(&mut weights, &x, 0.37);
-                (kernels.add_variance)(&mut weights, &x, &noise(x.len(), 5), 0.21);
-                (sum.to_bits(), weights.iter().chain(&x).map(|x| x.to_bits()).collect())
-            })
-            .collect();
-        assert!(results.iter().all(|r| *r == results[0]), "length {n}");
+    for n in [0, 1, 7, 8, 9, 15, 16, 17, 25, 31, 100] {
+        // From 0 down to where the exponential underflows, and below.
+        let mut x: Vec<f32> = noise(n, 8).iter().map(|x| x * 30.0 - 60.0).collect();
+        x.iter_mut().step_by(6).for_each(|x| *x = f32::NEG_INFINITY);
+        let run = |kernels: &Kernels| {
+            let mut x = x.clone();
+            let sum = (kernels.exp_sum)(&mut x, 0.0);
+            let mut weights = noise(n, 9);
+            (kernels.add_scaled)(&mut weights, &x, 0.37);
+            (kernels.add_variance)(&mut weights, &x, &noise(n, 5), 0.21);
+            let plain = (kernels.sum)(&weights);
+            weights.into_iter().chain(x).chain([sum, plain]).collect()
+        };
+        same_bits(run, || format!("length {n}"));
     }
-    for softcap in [0.0, 30.0] {
+}
+
+#[test]
+fn log_sum_exps_of_pages_have_the_same_bits_on_every_instruction_set() {
+    for (softcap, size) in [(0.0, 50.0), (30.0, 50.0), (0.0, 1e38), (0.0, 1e-42)] {
+        let logit = Logit { scaling: 0.3, softcap };
+        let dots: Vec<f32> = noise(BLOCK, 10).iter().map(|x| x * size).collect();
         for count in 0..=BLOCK {
-            let logit = Logit { scaling: 0.3, softcap };
-            let dots: Vec<f32> = noise(BLOCK, 10).iter().map(|x| x * 50.0).collect();
-            let bits = |(max, sum): (f32, f32)| (max.to_bits(), sum.to_bits());
-            let results: Vec<_> = all().iter().map(|kernels| bits((kernels.softmax)(&dots, count, logit))).collect();
-            assert!(results.iter().all(|r| *r == results[0]), "count {count}, softcap {softcap}");
+            let run = |kernels: &Kernels| {
+                let (max, sum) = (kernels.softmax)(&dots, count, logit);
+                vec![max, sum]
+            };
+            same_bits(run, || format!("count {count}, softcap {softcap}, size {size}"));
+        }
+    }
+}
+
+#[test]
+fn estimates_have_the_same_bits_on_every_instruction_set() {
+    for (softcap, size) in [(0.0, 1.0), (30.0, 1.0), (0.0, 1e37), (0.0, 1e-40)] {
+        let raw: Vec<i32> = noise(BLOCK, 11).iter().map(|x| (x * 1e9) as i32).collect();
+        let scales: Vec<f32> = noise(BLOCK, 12).iter().map(|x| x.abs() * size).collect();
+        let mut ln_counts = noise(BLOCK, 13);
+        ln_counts[5] = f32::NEG_INFINITY;
+        let run = |kernels: &Kernels| {
+            let mut out = vec![0.0; BLOCK];
+            let max = (kernels.logits)(&raw, &scales, 1e-3, Logit { scaling: 0.1, softcap }, &ln_counts, &mut out);
+            out.push(max);
+            out
+        };
+        same_bits(run, || format!("softcap {softcap}, size {size}"));
+    }
+}
+
+#[test]
+fn an_override_names_a_set_of_this_machine_or_is_refused() {
+    for kernels in all() {
+        assert_eq!(super::choose(Some(kernels.name)).unwrap().name, kernels.name);
+    }
+    assert_eq!(super::choose(None).unwrap().name, all()[0].name);
+    for unknown in ["mmx", "AVX2", "avx2 ", "neon" /* on x86 */, "avx512" /* on Arm */] {
+        if all().iter().all(|kernels| kernels.name != unknown) {
+            let error = super::choose(Some(unknown)).err().unwrap().to_string();
+            assert!(error.starts_with("ICECACHE_SIMD: expected ") && error.ends_with(unknown), "{error}");
         }
     }
 }
