@@ -4,6 +4,7 @@
 mod basics;
 mod concurrency;
 mod in_place;
+mod inserts;
 mod model;
 mod paper;
 mod paper_profiles;

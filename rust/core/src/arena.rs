@@ -1,19 +1,21 @@
 //! The page store: slabs of memory cut into pages, named by [`PageRef`].
 //!
 //! Invariants: a page is free or leased, never both; a lease is the only owner of its pages; a slab never moves and
-//! is never released before the store. Readers find a page without a lock: slab pointers are written once.
+//! is never released before the store. Nobody takes a lock: slab pointers are written once, and a page is taken and
+//! given back by flipping its bit in its slab (`free.rs`).
 
 use std::alloc::Layout;
-use std::cmp::Reverse;
-use std::collections::BinaryHeap;
 use std::fmt;
 use std::ptr::NonNull;
 
+use crate::config::PAGE_TOKENS;
 use crate::error::{Error, Result};
+use crate::free::{FreeBits, Lowest};
 use crate::ids::{PageId, PageRef};
 use crate::layout::PageLayout;
 use crate::simd::instruction_set;
-use crate::sync::{Arc, AtomicU32, AtomicUsize, Mutex, OnceLock, Ordering, lock};
+use crate::slot::Once;
+use crate::sync::{Arc, AtomicU32, AtomicUsize, Ordering, Site, Tracks, acquire, release};
 
 /// Bytes of a slab unless the options say otherwise.
 const SLAB_BYTES: usize = 32 << 20;
@@ -131,6 +133,8 @@ struct Slab {
     memory: NonNull<u8>,
     /// How often each page of the slab was freed.
     generations: Box<[AtomicU32]>,
+    free: FreeBits,
+    tracks: Tracks,
 }
 
 // SAFETY: `memory` is plain bytes; who may touch which part is decided by leases (see `page.rs`), not by threads.
@@ -138,16 +142,10 @@ unsafe impl Send for Slab {}
 // SAFETY: as above.
 unsafe impl Sync for Slab {}
 
-#[derive(Debug, Default)]
-struct Free {
-    /// Freed pages, lowest id first: ids depend on the set of free pages only, not on the order of frees.
-    returned: BinaryHeap<Reverse<u32>>,
-    /// First page never handed out.
-    next: u32,
-    n_slabs: usize,
-}
+type Bucket = Box<[Once<Slab>]>;
 
-/// All pages of one or more forests. Thread-safe; [`PageStore::lease`] takes a short lock, reading pages takes none.
+/// All pages of one or more forests. Leasing and freeing pages is lock-free but for the allocator behind it; finding
+/// the memory of a page is wait-free.
 #[derive(Debug)]
 pub struct PageStore {
     layout: PageLayout,
@@ -156,10 +154,13 @@ pub struct PageStore {
     slab_shift: u32,
     limit_pages: usize,
     allocator: Box<dyn SlabAllocator>,
-    buckets: [OnceLock<Box<[OnceLock<Slab>]>>; N_BUCKETS],
-    free: Mutex<Free>,
+    buckets: [Once<Bucket>; N_BUCKETS],
+    /// Slabs `0..n_slabs` exist.
+    n_slabs: AtomicUsize,
+    /// Where to look for free pages first.
+    lowest: Lowest,
+    /// Pages leased, or promised to a lease that is being filled.
     used_pages: AtomicUsize,
-    reserved_slabs: AtomicUsize,
 }
 
 impl PageStore {
@@ -186,10 +187,10 @@ impl PageStore {
             slab_shift,
             limit_pages: limit_pages.min(u32::MAX as usize),
             allocator: options.allocator,
-            buckets: std::array::from_fn(|_| OnceLock::new()),
-            free: Mutex::new(Free::default()),
+            buckets: std::array::from_fn(|_| Once::new()),
+            n_slabs: AtomicUsize::new(0),
+            lowest: Lowest::default(),
             used_pages: AtomicUsize::new(0),
-            reserved_slabs: AtomicUsize::new(0),
         }))
     }
 
@@ -216,19 +217,25 @@ impl PageStore {
     #[must_use]
     pub fn reserved_bytes(&self) -> usize {
         // Relaxed: a statistic, it orders nothing.
-        self.reserved_slabs.load(Ordering::Relaxed) * self.slab_layout_bytes()
+        self.n_slabs.load(Ordering::Relaxed) * self.slab_layout_bytes()
     }
 
-    /// Takes slabs from the allocator until `bytes` more of pages can be handed out, or the limit is reached.
-    /// Blocking: takes the store's lock, and pinning memory is slow (about 0.2 s a GiB).
+    /// Takes slabs from the allocator until `bytes` more of pages can be handed out, or the limit is reached. Pinning
+    /// memory is slow (about 0.2 s a GiB).
     ///
     /// # Errors
     /// If the allocator has no more memory; slabs it gave before stay.
     pub fn reserve_bytes(&self, bytes: usize) -> Result<()> {
-        let mut free = lock(&self.free);
-        // Relaxed: only changed under the lock held here.
-        let available = self.limit_pages - self.used_pages.load(Ordering::Relaxed);
-        self.reserve(&mut free, bytes.div_ceil(self.page_bytes).min(available))
+        loop {
+            // Relaxed: a statistic; a lease that comes in between makes this reserve one slab more or less.
+            let used = self.used_pages.load(Ordering::Relaxed);
+            let n_slabs = self.n_slabs.load(acquire(Site::Pointer));
+            let wanted = bytes.div_ceil(self.page_bytes).min(self.limit_pages - used);
+            if (n_slabs << self.slab_shift).saturating_sub(used) >= wanted {
+                return Ok(());
+            }
+            self.add_slab(n_slabs)?;
+        }
     }
 
     /// Whether `page` still names the content it named when it was handed out.
@@ -236,7 +243,7 @@ impl PageStore {
     pub fn is_current(&self, page: PageRef) -> bool {
         let (slab, offset) = self.place(page.id);
         // Acquire: pairs with the Release in `give_back`; whoever sees the old number is before the free.
-        self.slab(slab).is_some_and(|slab| slab.generations[offset].load(Ordering::Acquire) == page.generation)
+        self.slab(slab).is_some_and(|slab| slab.generations[offset].load(acquire(Site::Free)) == page.generation)
     }
 
     fn slab_layout_bytes(&self) -> usize {
@@ -272,50 +279,91 @@ impl PageStore {
         unsafe { memory.add(offset * self.page_bytes) }
     }
 
-    /// Takes `n` pages, lowest ids first, all or none. Blocking: takes the store's lock.
-    pub(crate) fn lease(self: &Arc<Self>, n: usize) -> Result<Lease> {
-        let mut free = lock(&self.free);
-        // Relaxed: only changed under the lock held here.
-        let available = self.limit_pages - self.used_pages.load(Ordering::Relaxed);
-        if n > available {
-            let bytes = |pages: usize| pages.saturating_mul(self.page_bytes);
-            return Err(Error::MemoryLimit { needed: bytes(n), available: bytes(available) });
+    /// Notes, for a model, that a slot of a leased page is about to be written.
+    pub(crate) fn note_write(&self, id: PageId, slot: usize) {
+        let (slab, offset) = self.place(id);
+        if cfg!(loom)
+            && let Some(slab) = self.slab(slab)
+        {
+            slab.tracks.write(offset * PAGE_TOKENS + slot);
         }
-        self.reserve(&mut free, n)?;
-        let mut pages = Vec::with_capacity(n);
-        for _ in 0..n {
-            let id = free.returned.pop().map_or_else(
-                || {
-                    free.next += 1;
-                    free.next - 1
-                },
-                |Reverse(id)| id,
-            );
-            let (slab, offset) = self.place(PageId(id));
-            // Relaxed: the lock ordered this after the free that wrote it.
-            let generation = self.slab(slab).map_or(0, |slab| slab.generations[offset].load(Ordering::Relaxed));
-            pages.push(PageRef { id: PageId(id), generation });
-        }
-        // Relaxed: a counter, changed under the lock.
-        self.used_pages.fetch_add(n, Ordering::Relaxed);
-        drop(free);
-        Ok(Lease { store: Arc::clone(self), pages })
     }
 
-    /// Makes sure that `n` pages can be handed out without another allocation.
-    fn reserve(&self, free: &mut Free, n: usize) -> Result<()> {
-        while free.returned.len() + ((free.n_slabs << self.slab_shift) - free.next as usize) < n {
-            let bytes = self.slab_layout_bytes();
-            let memory = self.allocator.allocate(self.slab_layout().ok_or(Error::OutOfMemory { bytes })?)?;
-            let generations = (0..1 << self.slab_shift).map(|_| AtomicU32::new(0)).collect();
-            let (bucket, place, length) = Self::bucket(free.n_slabs);
-            let bucket = self.buckets[bucket].get_or_init(|| (0..length).map(|_| OnceLock::new()).collect());
-            // Cannot be occupied: slab numbers are handed out once, under the lock.
-            let _ = bucket[place].set(Slab { memory, generations });
-            free.n_slabs += 1;
-            // Relaxed: a statistic.
-            self.reserved_slabs.fetch_add(1, Ordering::Relaxed);
+    /// Notes, for a model, that the first slots of a leased page are about to be read.
+    pub(crate) fn note_read(&self, id: PageId, count: usize) {
+        let (slab, offset) = self.place(id);
+        if cfg!(loom)
+            && let Some(slab) = self.slab(slab)
+        {
+            slab.tracks.read(offset * PAGE_TOKENS, count);
         }
+    }
+
+    /// Takes `n` pages, lowest ids first, all or none. Lock-free but for the allocator.
+    pub(crate) fn lease(self: &Arc<Self>, n: usize) -> Result<Lease> {
+        let fits = |used: usize| used.checked_add(n).filter(|&sum| sum <= self.limit_pages);
+        // Acquire: pairs with the Release in `give_back`; the bits of all pages that were subtracted are set.
+        let promised = self.used_pages.fetch_update(Ordering::Relaxed, acquire(Site::Free), fits);
+        if let Err(used) = promised {
+            let bytes = |pages: usize| pages.saturating_mul(self.page_bytes);
+            return Err(Error::MemoryLimit { needed: bytes(n), available: bytes(self.limit_pages - used) });
+        }
+        // From here on the lease gives back what it has, should memory be out.
+        let mut lease = Lease { store: Arc::clone(self), pages: Vec::with_capacity(n) };
+        loop {
+            let n_slabs = self.n_slabs.load(acquire(Site::Pointer));
+            self.take_free(n_slabs, n, &mut lease.pages);
+            if lease.pages.len() == n {
+                return Ok(lease);
+            }
+            if let Err(error) = self.add_slab(n_slabs) {
+                // Relaxed: the pages of the lease are subtracted by its drop; these were never taken.
+                self.used_pages.fetch_sub(n - lease.pages.len(), Ordering::Relaxed);
+                return Err(error);
+            }
+        }
+    }
+
+    /// Takes free pages of the first `n_slabs` slabs, lowest first, until there are `n`.
+    fn take_free(&self, n_slabs: usize, n: usize, pages: &mut Vec<PageRef>) {
+        let words = FreeBits::words(1 << self.slab_shift);
+        let seen = self.lowest.get();
+        let mut word = seen.word();
+        while word < n_slabs * words && pages.len() < n {
+            let number = word / words;
+            let Some(slab) = self.slab(number) else { break };
+            let exhausted = slab.free.take(word % words, n - pages.len(), |offset| {
+                // Relaxed: taking the bit ordered this after the free that counted up.
+                let generation = slab.generations[offset].load(Ordering::Relaxed);
+                pages.push(PageRef { id: PageId((number << self.slab_shift | offset) as u32), generation });
+            });
+            word += usize::from(exhausted);
+        }
+        self.lowest.raise(seen, word);
+    }
+
+    /// Adds slab number `n_slabs`, unless somebody else does so first.
+    fn add_slab(&self, n_slabs: usize) -> Result<()> {
+        let bytes = self.slab_layout_bytes();
+        let layout = self.slab_layout().ok_or(Error::OutOfMemory { bytes })?;
+        let memory = self.allocator.allocate(layout)?;
+        let n_pages = 1 << self.slab_shift;
+        let generations = (0..n_pages).map(|_| AtomicU32::new(0)).collect();
+        let (free, tracks) = (FreeBits::all(n_pages), Tracks::new(n_pages * PAGE_TOKENS));
+        let slab = Box::new(Slab { memory, generations, free, tracks });
+        let (bucket, place, length) = Self::bucket(n_slabs);
+        let bucket = &self.buckets[bucket];
+        if bucket.get().is_none() {
+            // An error means that somebody else was first: as good.
+            let _ = bucket.set(Box::new((0..length).map(|_| Once::new()).collect()));
+        }
+        let place = bucket.get().and_then(|bucket| bucket.get(place)).ok_or(Error::OutOfMemory { bytes })?;
+        if let Err(spare) = place.set(slab) {
+            // SAFETY: the memory came from this allocator with this layout just now, and nobody saw it.
+            unsafe { self.allocator.deallocate(spare.memory, layout) };
+        }
+        // Release: pairs with the Acquire in `lease`; the slab is in its place.
+        self.n_slabs.fetch_max(n_slabs + 1, release(Site::Pointer));
         Ok(())
     }
 
@@ -323,24 +371,26 @@ impl PageStore {
         if pages.is_empty() {
             return;
         }
-        let mut free = lock(&self.free);
+        let words = FreeBits::words(1 << self.slab_shift);
+        let mut lowest = usize::MAX;
         for page in pages {
-            let (slab, offset) = self.place(page.id);
-            if let Some(slab) = self.slab(slab) {
+            let (number, offset) = self.place(page.id);
+            if let Some(slab) = self.slab(number) {
                 // Release: pairs with the Acquire in `is_current`.
-                slab.generations[offset].fetch_add(1, Ordering::Release);
+                slab.generations[offset].fetch_add(1, release(Site::Free));
+                lowest = lowest.min(number * words + slab.free.give(offset));
             }
-            free.returned.push(Reverse(page.id.0));
         }
-        // Relaxed: a counter, changed under the lock.
-        self.used_pages.fetch_sub(pages.len(), Ordering::Relaxed);
+        self.lowest.lower(lowest);
+        // Release: pairs with the Acquire in `lease`.
+        self.used_pages.fetch_sub(pages.len(), release(Site::Free));
     }
 }
 
 impl Drop for PageStore {
     fn drop(&mut self) {
         let Some(layout) = self.slab_layout() else { return };
-        for slab in self.buckets.iter().filter_map(OnceLock::get).flatten().filter_map(OnceLock::get) {
+        for slab in self.buckets.iter().filter_map(Once::get).flatten().filter_map(Once::get) {
             // SAFETY: `memory` came from this allocator with this layout; leases hold the store, so none is left.
             unsafe { self.allocator.deallocate(slab.memory, layout) }
         }
@@ -367,6 +417,19 @@ impl Lease {
     pub(crate) fn take(&mut self, n: usize) -> Self {
         let rest = self.pages.split_off(n);
         Self { store: Arc::clone(&self.store), pages: std::mem::replace(&mut self.pages, rest) }
+    }
+
+    /// No pages.
+    pub(crate) fn empty(store: &Arc<PageStore>) -> Self {
+        Self { store: Arc::clone(store), pages: Vec::new() }
+    }
+
+    /// Adds the pages of other leases of the same store.
+    pub(crate) fn extend(&mut self, more: impl IntoIterator<Item = Self>) {
+        for mut lease in more {
+            debug_assert!(Arc::ptr_eq(&self.store, &lease.store), "leases of one store");
+            self.pages.append(&mut lease.pages);
+        }
     }
 }
 

@@ -12,8 +12,11 @@ impl Forest {
     #[must_use]
     pub fn digest(&self) -> u64 {
         let mut hash = Xxh3::new();
-        hash.update(&self.len().to_le_bytes());
-        self.heads().iter().for_each(|head| add_tree(&mut hash, &head.view()));
+        let views: Vec<View> = self.views().collect();
+        hash.update(&views.first().map_or(0, View::tokens).to_le_bytes());
+        for view in &views {
+            add_tree(&mut hash, view);
+        }
         hash.digest()
     }
 }

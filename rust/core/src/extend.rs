@@ -4,14 +4,16 @@
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
-use crate::arena::Lease;
+use crate::config::PAGE_TOKENS;
 use crate::error::{Error, Result};
-use crate::forest::{Forest, Writer};
-use crate::layout::PageLayout;
-use crate::plan::{Done, NewRows, Plan, finish};
+use crate::forest::Forest;
+use crate::grow::{Growth, grow};
+use crate::page::Row;
+use crate::pending::{BulkBlock, Pending};
+use crate::plan::How;
 use crate::rows::is_finite;
-use crate::snapshot::View;
-use crate::sync::MutexGuard;
+use crate::shared::{Shared, Writing};
+use crate::sync::Arc;
 
 /// New tokens of one sequence.
 #[derive(Debug, Clone, Copy)]
@@ -27,90 +29,54 @@ pub struct ExtendRow<'a> {
 /// Adds the rows' tokens. Segments are packed in parallel over (row, head, segment); one task is one segment
 /// (0.3 to 2 ms) or the inserts of one head. The result does not depend on the number of threads.
 ///
-/// Blocking between writers of the same forest; readers are never delayed and see each tree switch at once.
+/// All tokens of a row appear at once, in all heads. Lock-free: where another thread writes to the same forest at the
+/// same time, the row's tokens are appended as they are, and routed into the trees by whoever gets there first.
 ///
 /// # Errors
 /// If a length does not fit, a key is not finite, a store is full, or a forest comes twice. Then nothing has changed.
 pub fn extend(pool: &ThreadPool, rows: &[ExtendRow<'_>]) -> Result<()> {
     let counts = rows.iter().map(n_tokens).collect::<Result<Vec<usize>>>()?;
     check_finite(pool, rows, &counts)?;
-    let mut writers = lock_all(rows)?;
-    let trees: Vec<Tree<'_>> = (0..rows.len()).flat_map(|r| trees_of_row(r, rows[r], counts[r])).collect();
-    let plans: Vec<Plan<'_>> =
-        trees.iter().map(|tree| Plan::new(&tree.view, tree.rows, rows[tree.row].forest.sealing())).collect();
-    // Pages are taken here, in order and before anything else: a full store changes nothing, and ids do not depend
-    // on how the work is spread over threads.
-    let leases = plans
-        .iter()
-        .zip(&trees)
-        .map(|(plan, tree)| rows[tree.row].forest.store().lease(plan.n_pages()))
-        .collect::<Result<Vec<Lease>>>()?;
-    let mut jobs = Vec::new();
-    for (t, ((tree, plan), lease)) in trees.iter().zip(plans).zip(leases).enumerate() {
-        let writer = &mut writers[tree.row];
-        let means = writer.means[tree.head].take();
-        let owner = std::sync::Arc::clone(&writer.owner);
-        jobs.extend(plan.into_jobs(&tree.view, tree.rows, means, lease, &owner).into_iter().map(|job| (t, job)));
+    check_distinct(rows)?;
+    let writing: Vec<Option<Writing<'_>>> = rows.iter().map(|row| row.forest.shared().begin()).collect();
+    let mut growths = Vec::new();
+    let mut aside = Vec::new();
+    for ((row, &n), writing) in rows.iter().zip(&counts).zip(&writing).filter(|((_, n), _)| **n > 0) {
+        let (shared, heads) = (row.forest.shared(), head_rows(row, n));
+        if writing.is_some() {
+            growths.push((shared, Growth::new(shared, shared.settled(Some(pool))?, heads, How::Together)));
+        } else {
+            let lease = shared.store.lease(heads.len() * n.div_ceil(PAGE_TOKENS))?;
+            aside.push((shared, heads, lease));
+        }
     }
-    let run = |(t, job): (usize, crate::plan::Job<'_>)| (t, job.run());
-    let done: Vec<(usize, Done)> = if jobs.len() == 1 {
-        jobs.into_iter().map(run).collect()
-    } else {
-        pool.install(|| jobs.into_par_iter().map(run).collect())
-    };
-    let mut by_tree: Vec<Vec<Done>> = trees.iter().map(|_| Vec::new()).collect();
-    for (t, piece) in done {
-        by_tree[t].push(piece);
+    let (owners, growths): (Vec<&Shared>, Vec<Growth<'_>>) = growths.into_iter().unzip();
+    // Nothing fails from here on.
+    let grown = grow(Some(pool), &growths)?;
+    for ((shared, growth), grown) in owners.into_iter().zip(growths).zip(grown) {
+        if shared.replace_trees(&growth.state.trees, &grown.trees) {
+            shared.count(grown.counts);
+        } else {
+            let lease = grown.into_lease();
+            aside.push((shared, growth.into_rows(), lease));
+        }
     }
-    for (tree, done) in trees.iter().zip(by_tree) {
-        publish(rows[tree.row].forest, &mut writers[tree.row], tree, done);
+    drop(writing);
+    for (shared, heads, lease) in aside {
+        shared.append(&Arc::new(Pending::Bulk(BulkBlock::new(lease, &heads))));
     }
-    for (row, n) in rows.iter().zip(&counts) {
-        row.forest.grow(*n);
+    // Also what other threads left to this one while it was writing.
+    for row in rows {
+        row.forest.shared().drain(Some(pool));
     }
     Ok(())
 }
 
-/// One tree of the call.
-struct Tree<'a> {
-    row: usize,
-    head: usize,
-    view: View,
-    rows: NewRows<'a>,
-}
-
-fn trees_of_row(r: usize, row: ExtendRow<'_>, n: usize) -> impl Iterator<Item = Tree<'_>> {
+/// Rows of every head.
+fn head_rows<'a>(row: &ExtendRow<'a>, n: usize) -> Vec<Vec<Row<'a>>> {
     let layout = row.forest.store().layout();
-    // A call without tokens has no trees.
-    row.forest.heads().iter().enumerate().take(if n == 0 { 0 } else { usize::MAX }).map(move |(head, tree)| Tree {
-        row: r,
-        head,
-        view: tree.view(),
-        rows: head_rows(layout, row, head, n),
-    })
-}
-
-fn head_rows(layout: PageLayout, row: ExtendRow<'_>, head: usize, n: usize) -> NewRows<'_> {
-    let (key_bytes, value_bytes) = (layout.key_bytes(), layout.value_bytes());
-    NewRows {
-        keys: &row.keys[head * n * key_bytes..][..n * key_bytes],
-        values: &row.values[head * n * value_bytes..][..n * value_bytes],
-        key_bytes,
-        value_bytes,
-    }
-}
-
-fn publish(forest: &Forest, writer: &mut Writer, tree: &Tree<'_>, done: Vec<Done>) {
-    let n = tree.rows.len();
-    let (snapshot, means, [inserts, splits, seals]) = finish(&tree.view, done, n);
-    match snapshot {
-        Some(snapshot) => forest.heads()[tree.head].publish(snapshot),
-        None => tree.view.snapshot().publish(tree.view.tokens() + n),
-    }
-    writer.means[tree.head] = means;
-    writer.counters.inserts += inserts;
-    writer.counters.splits += splits;
-    writer.counters.seals += seals;
+    let one = |i: usize| Row::of_slot(layout, row.keys, row.values, i);
+    (0..row.forest.n_heads()).map(|head| (head * n..(head + 1) * n).map(one).collect()).collect()
 }
 
 /// Tokens of a row, if its buffers fit its forest.
@@ -146,17 +112,12 @@ fn check_finite(pool: &ThreadPool, rows: &[ExtendRow<'_>], counts: &[usize]) -> 
     results.into_iter().collect()
 }
 
-/// Locks the writers of all rows, in the order of their addresses, so that two calls cannot wait for each other.
-fn lock_all<'a>(rows: &[ExtendRow<'a>]) -> Result<Vec<MutexGuard<'a, Writer>>> {
+/// No forest comes twice.
+fn check_distinct(rows: &[ExtendRow<'_>]) -> Result<()> {
     let mut order: Vec<usize> = (0..rows.len()).collect();
     order.sort_by_key(|&r| (std::ptr::from_ref(rows[r].forest), r));
-    for pair in order.windows(2) {
-        if std::ptr::eq(rows[pair[0]].forest, rows[pair[1]].forest) {
-            return Err(Error::DuplicateForest { row: pair[1] });
-        }
+    match order.windows(2).find(|pair| std::ptr::eq(rows[pair[0]].forest, rows[pair[1]].forest)) {
+        Some(pair) => Err(Error::DuplicateForest { row: pair[1] }),
+        None => Ok(()),
     }
-    let mut guards: Vec<(usize, MutexGuard<'a, Writer>)> =
-        order.into_iter().map(|r| (r, rows[r].forest.lock_writer())).collect();
-    guards.sort_by_key(|(r, _)| *r);
-    Ok(guards.into_iter().map(|(_, guard)| guard).collect())
 }

@@ -2,13 +2,17 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::{Lease, PageStore};
-use crate::config::{SEGMENT_TOKENS, Sealing};
+use crate::config::Sealing;
+use crate::cut;
 use crate::error::{Error, Result};
 use crate::head::HeadIndex;
-use crate::page::Owner;
+use crate::page::Row;
+use crate::pending::{BLOCK_TOKENS, Pending};
+use crate::rows::is_finite;
+use crate::shared::Shared;
 use crate::snapshot::View;
-use crate::sync::{Arc, AtomicUsize, Mutex, MutexGuard, Ordering};
-use crate::tail::TailMeans;
+use crate::state::{State, Tree, Trees};
+use crate::sync::Arc;
 
 /// What happened to a forest so far, summed over its heads.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -21,30 +25,15 @@ pub struct Counters {
     pub seals: u64,
     /// Segments now.
     pub segments: u64,
-    /// Tokens in tails now.
+    /// Tokens in tails now, or on their way into one.
     pub tail_tokens: u64,
 }
 
-/// State only writers touch.
-#[derive(Debug)]
-pub(crate) struct Writer {
-    pub(crate) owner: Arc<Owner>,
-    /// Means of the tail's pages per head, if known.
-    pub(crate) means: Vec<Option<TailMeans>>,
-    pub(crate) counters: Counters,
-    /// Whether a token may be missing, because it was removed here or before a fork.
-    pub(crate) removals: bool,
-}
-
-/// One sequence of one layer. Writers exclude each other; readers are never delayed.
+/// One sequence of one layer. Any number of threads may read and write it at the same time; nobody waits for anybody.
 #[derive(Debug)]
 pub struct Forest {
-    store: Arc<PageStore>,
+    shared: Arc<Shared>,
     heads: Vec<HeadIndex>,
-    sealing: Sealing,
-    /// Tokens that all heads have published.
-    tokens: AtomicUsize,
-    writer: Mutex<Writer>,
 }
 
 impl Forest {
@@ -65,33 +54,29 @@ impl Forest {
             let received = n_heads.to_string();
             return Err(Error::Option { name: "n_kv_heads", expected: "1..=65536", received });
         }
-        let heads = (0..n_heads).map(|_| HeadIndex::new(Arc::clone(&store))).collect();
-        Ok(Self::from_parts(store, heads, sealing, 0, false))
+        Ok(Self::from_state(store, sealing, State::empty(n_heads)))
     }
 
-    fn from_parts(
-        store: Arc<PageStore>,
-        heads: Vec<HeadIndex>,
-        sealing: Sealing,
-        tokens: usize,
-        removals: bool,
-    ) -> Self {
-        let means = heads.iter().map(|_| None).collect();
-        let writer = Writer { owner: Arc::default(), means, counters: Counters::default(), removals };
-        Self { store, heads, sealing, tokens: AtomicUsize::new(tokens), writer: Mutex::new(writer) }
+    fn from_state(store: Arc<PageStore>, sealing: Sealing, state: State) -> Self {
+        let n_heads = state.trees.heads.len();
+        let shared = Arc::new(Shared::new(store, sealing, state));
+        let heads = (0..n_heads).map(|head| HeadIndex::new(&shared, head)).collect();
+        Self { shared, heads }
     }
 
-    /// A sequence of one tree that shares the pages of a view; unlike `fork` it waits for nobody.
-    pub(crate) fn of_view(store: Arc<PageStore>, view: &View) -> Self {
-        let heads = vec![HeadIndex::of_view(Arc::clone(&store), view)];
-        // The view does not know of removals, so tokens may be missing.
-        Self::from_parts(store, heads, Sealing::default(), view.tokens(), true)
+    pub(crate) fn shared(&self) -> &Shared {
+        &self.shared
+    }
+
+    /// A sequence that shares the pages that the forest of a view had at that moment. Wait-free.
+    pub(crate) fn of_view(store: Arc<PageStore>, sealing: Sealing, view: &View) -> Self {
+        Self::from_state(store, sealing, view.frozen())
     }
 
     /// Store of its pages.
     #[must_use]
     pub fn store(&self) -> &Arc<PageStore> {
-        &self.store
+        &self.shared.store
     }
 
     /// Its trees.
@@ -100,8 +85,10 @@ impl Forest {
         &self.heads
     }
 
-    pub(crate) fn sealing(&self) -> Sealing {
-        self.sealing
+    /// What a reader sees of all heads now: the same tokens of each.
+    #[must_use]
+    pub fn views(&self) -> impl ExactSizeIterator<Item = View> + use<> {
+        self.shared.views()
     }
 
     /// Number of KV heads.
@@ -113,8 +100,7 @@ impl Forest {
     /// Tokens, removed ones included.
     #[must_use]
     pub fn len(&self) -> usize {
-        // Acquire: pairs with the Release in `grow`; every tree shows at least this many tokens.
-        self.tokens.load(Ordering::Acquire)
+        self.shared.tokens()
     }
 
     /// Whether it has no token.
@@ -126,86 +112,119 @@ impl Forest {
     /// Pages per head.
     #[must_use]
     pub fn n_pages(&self) -> Vec<usize> {
-        self.heads.iter().map(|head| head.view().n_pages()).collect()
+        self.views().map(|view| view.n_pages()).collect()
     }
 
-    pub(crate) fn grow(&self, n: usize) {
-        // Release: pairs with the Acquire in `len`; called by the one writer after all trees were published.
-        self.tokens.fetch_add(n, Ordering::Release);
+    /// Adds one token: a key and a value of every head, `[n_heads, key_dim]` and `[n_heads, value_dim]` as bytes.
+    /// Returns its position. Every search that starts after this returned finds it. Lock-free, from any thread.
+    ///
+    /// The trees depend on the order of the positions only, once [`Forest::settle`] was called.
+    ///
+    /// # Errors
+    /// If a length does not fit, a key is not finite, or the store is full; nothing changes then.
+    pub fn insert(&self, keys: &[u8], values: &[u8]) -> Result<usize> {
+        let layout = self.store().layout();
+        check_length("keys", self.n_heads() * layout.key_bytes(), keys.len())?;
+        check_length("values", self.n_heads() * layout.value_bytes(), values.len())?;
+        let rows: Vec<Row<'_>> = (0..self.n_heads()).map(|head| Row::of_slot(layout, keys, values, head)).collect();
+        if let Some(head) = rows.iter().position(|row| !is_finite(layout.dtype, row.key)) {
+            return Err(Error::NotFinite { argument: "keys", row: 0, head, vector: 0 });
+        }
+        loop {
+            let state = self.shared.load();
+            if let Some(last) = state.pending.last()
+                && let (Pending::Open(block), None) = (&*last.block, last.limit)
+                && let Some(place) = block.push(self.store(), &rows)?
+            {
+                if place + 1 == BLOCK_TOKENS || state.pending.len() > 1 {
+                    self.shared.drain(None);
+                }
+                return Ok(last.base + place);
+            }
+            self.shared.open_block(state.pending.last());
+        }
     }
 
-    pub(crate) fn lock_writer(&self) -> MutexGuard<'_, Writer> {
-        self.writer.lock().unwrap_or_else(|poisoned| {
-            // A writer panicked and may have left rows in open pages that it never published. As after a fork, those
-            // slots are hidden for good, and a page is copied before anything is appended to it.
-            let mut writer = poisoned.into_inner();
-            writer.owner = Arc::default();
-            writer.means.fill(None);
-            self.heads.iter().for_each(|head| head.publish(head.frozen()));
-            self.writer.clear_poison();
-            writer
-        })
+    /// Routes all tokens into the trees that were inserted before this call. Lock-free; searches see no difference.
+    ///
+    /// # Errors
+    /// If the store has no room; the tokens that are left keep being found.
+    pub fn settle(&self) -> Result<()> {
+        self.shared.settled(None).map(|_| ())
     }
 
-    /// A sequence that shares all pages with this one. Tail pages are copied when the fork first appends to them, so
-    /// neither sees tokens that the other adds. Blocking: waits for a writer.
+    /// A sequence that shares all pages with this one. Open pages are copied by whichever of the two is second to append
+    /// to them, so neither sees tokens that the other adds. Wait-free.
     #[must_use]
     pub fn fork(&self) -> Self {
-        let writer = self.lock_writer();
-        let heads = self.heads.iter().map(HeadIndex::fork).collect();
-        Self::from_parts(Arc::clone(&self.store), heads, self.sealing, self.len(), writer.removals)
+        Self::of_view(Arc::clone(self.store()), self.shared.sealing, &self.shared.view(0))
     }
 
-    /// Keeps the first `n` tokens; afterwards the forest equals one built from them. Blocking: waits for a writer.
+    /// Keeps the first `n` tokens; afterwards the forest equals one built from them. Lock-free.
     ///
     /// # Errors
     /// If `n` exceeds the length or the store has no room to pack the cut segment again; nothing changes then.
     pub fn crop(&self, n: usize) -> Result<()> {
-        let mut writer = self.lock_writer();
-        let len = self.len();
-        if n > len {
-            return Err(Error::OutOfRange { name: "n_tokens", limit: len, received: n });
-        }
-        if n == len {
-            return Ok(());
-        }
-        let views: Vec<View> = self.heads.iter().map(HeadIndex::view).collect();
-        let leases = views
-            .iter()
-            .map(|view| self.store.lease(HeadIndex::pages_for_crop(view, n)))
-            .collect::<Result<Vec<Lease>>>()?;
-        for ((head, view), lease) in self.heads.iter().zip(&views).zip(leases) {
-            head.publish(HeadIndex::crop(view, n, lease, &writer.owner));
-        }
-        writer.means.fill(None);
-        writer.removals &= n > 0;
-        // Release: pairs with the Acquire in `len`.
-        self.tokens.store(n, Ordering::Release);
-        Ok(())
-    }
-
-    /// Marks tokens of all heads dead, in one step per head; searches that start afterwards do not see them. Returns
-    /// how many were alive. Their memory is freed when their page is packed again. Blocking: waits for a writer.
-    ///
-    /// # Errors
-    /// If a token is not below the length; nothing changes then.
-    pub fn remove(&self, tokens: &[usize]) -> Result<usize> {
-        let mut writer = self.lock_writer();
-        let len = self.len();
-        if let Some(&received) = tokens.iter().find(|&&token| token >= len) {
-            return Err(Error::OutOfRange { name: "token", limit: len.saturating_sub(1), received });
-        }
-        let mut removed = 0;
-        for head in &self.heads {
-            let (snapshot, n) = HeadIndex::remove(&head.view(), tokens);
-            removed = n;
-            if n > 0 {
-                head.publish(snapshot);
+        let _writing = self.shared.begin();
+        loop {
+            let state = self.shared.settled(None)?;
+            let len = state.trees.tokens;
+            if n > len {
+                return Err(Error::OutOfRange { name: "n_tokens", limit: len, received: n });
+            }
+            if n == len {
+                return Ok(());
+            }
+            let views = || (0..self.n_heads()).map(|head| View::new(Arc::clone(&state), head, len));
+            let leases = views()
+                .map(|view| self.store().lease(cut::pages_for_crop(&view, n)))
+                .collect::<Result<Vec<Lease>>>()?;
+            let heads = views().zip(leases).map(|(view, lease)| cut::crop(&view, n, lease)).collect();
+            let trees = Trees { heads, tokens: n, removals: state.trees.removals && n > 0 };
+            if self.shared.replace_trees(&state.trees, &Arc::new(trees)) {
+                return Ok(());
             }
         }
-        writer.means.fill(None);
-        writer.removals |= removed > 0;
-        Ok(removed)
+    }
+
+    /// Marks tokens of all heads dead, in one step; searches that start afterwards do not see them. Returns how many
+    /// were alive. Their memory is freed when their page is packed again. Lock-free.
+    ///
+    /// # Errors
+    /// If a token is not below the length, or was inserted just now and the store has no room to route it; nothing
+    /// changes then.
+    pub fn remove(&self, tokens: &[usize]) -> Result<usize> {
+        let mut sorted = tokens.to_vec();
+        sorted.sort_unstable();
+        let _writing = self.shared.begin();
+        loop {
+            let mut state = self.shared.load();
+            let len = state.tokens();
+            if let Some(&received) = tokens.iter().find(|&&token| token >= len) {
+                return Err(Error::OutOfRange { name: "token", limit: len.saturating_sub(1), received });
+            }
+            if sorted.last().is_some_and(|&token| token >= state.trees.tokens) {
+                state = self.shared.settled(None)?;
+            }
+            let mut removed = 0;
+            let cut = |tree: &Tree| {
+                let (tree, n) = cut::remove(tree, &sorted);
+                removed = n;
+                tree
+            };
+            let heads = state.trees.heads.iter().map(cut).collect();
+            if removed == 0 {
+                return Ok(0);
+            }
+            let trees = Arc::new(Trees { heads, tokens: state.trees.tokens, removals: true });
+            let published = self.shared.update(|current| {
+                let unchanged = Arc::ptr_eq(&current.trees, &state.trees);
+                unchanged.then(|| State { trees: Arc::clone(&trees), pending: current.pending.clone() })
+            });
+            if published {
+                return Ok(removed);
+            }
+        }
     }
 
     /// Copies the rows of tokens `start..stop` into `[n_heads, stop - start, dim]` buffers; rows of removed tokens
@@ -214,24 +233,21 @@ impl Forest {
     /// # Errors
     /// If the range or a buffer does not fit.
     pub fn read(&self, start: usize, stop: usize, out_keys: &mut [u8], out_values: &mut [u8]) -> Result<()> {
-        let len = self.len();
+        let views: Vec<View> = self.views().collect();
+        let len = views.first().map_or(0, View::tokens);
         if stop > len {
             return Err(Error::OutOfRange { name: "stop", limit: len, received: stop });
         }
         if start > stop {
             return Err(Error::OutOfRange { name: "start", limit: stop, received: start });
         }
-        let layout = self.store.layout();
+        let layout = self.store().layout();
         let (n, key, value) = (stop - start, layout.key_bytes(), layout.value_bytes());
         check_length("out_keys", self.n_heads() * n * key, out_keys.len())?;
         check_length("out_values", self.n_heads() * n * value, out_values.len())?;
         out_keys.fill(0);
         out_values.fill(0);
-        for (h, head) in self.heads.iter().enumerate() {
-            let view = head.view();
-            if view.tokens() < stop {
-                return Err(Error::OutOfRange { name: "stop", limit: view.tokens(), received: stop });
-            }
+        for (h, view) in views.iter().enumerate() {
             for (position, row) in view.rows(start, stop) {
                 let i = h * n + position - start;
                 out_keys[i * key..][..key].copy_from_slice(row.key);
@@ -241,27 +257,27 @@ impl Forest {
         Ok(())
     }
 
-    /// Bytes of the index beside its pages; segments shared with forks are counted by each.
+    /// Bytes of the index beside its pages; segments shared with forks are counted by each. Wait-free.
     #[must_use]
     pub fn index_bytes(&self) -> usize {
-        let writer = self.lock_writer();
-        let means: usize = writer.means.iter().flatten().map(TailMeans::heap_bytes).sum();
-        means + self.heads.iter().map(HeadIndex::heap_bytes).sum::<usize>()
+        size_of::<Shared>() + self.views().map(|view| view.heap_bytes()).sum::<usize>()
     }
 
-    /// What happened so far and what the forest holds now. Blocking: waits for a writer.
+    /// What happened so far and what the forest holds now. Wait-free.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let writer = self.lock_writer();
-        let (mut segments, mut tail_tokens) = (0, 0);
-        for head in &self.heads {
-            let view = head.view();
-            segments += view.snapshot().segments.len() as u64;
-            tail_tokens += u64::from(view.tail_limit());
+        let counts = self.shared.counts();
+        let state = self.shared.load();
+        let tokens = state.tokens();
+        let segments = |tree: &Tree| tree.segments.len() as u64;
+        let tail_tokens = |tree: &Tree| (tokens - tree.tail_start()) as u64;
+        Counters {
+            inserts: counts.inserts,
+            splits: counts.splits,
+            seals: counts.seals,
+            segments: state.trees.heads.iter().map(segments).sum(),
+            tail_tokens: state.trees.heads.iter().map(tail_tokens).sum(),
         }
-        let follows = segments as usize == self.len() / SEGMENT_TOKENS * self.n_heads();
-        debug_assert!(follows || self.sealing == Sealing::Never, "segments follow the length");
-        Counters { segments, tail_tokens, ..writer.counters }
     }
 }
 
@@ -289,9 +305,9 @@ mod tests {
         };
         add(0..5);
         let interrupted = catch_unwind(AssertUnwindSafe(|| {
-            let _writer = forest.lock_writer();
-            let page = &forest.heads()[0].view().snapshot().tail[0].page.clone();
-            page.push(5, Row { key: &99.0_f32.to_le_bytes(), value: &[] });
+            let _writing = forest.shared().begin();
+            let entry = &forest.heads()[0].view().snapshot().tail.entries[0].clone();
+            entry.page.append(entry.count as usize, 5, Row { key: &99.0_f32.to_le_bytes(), value: &[] });
             panic!("half-way");
         }));
         assert!(interrupted.is_err());

@@ -9,7 +9,7 @@
 use crate::config::{GROUP_PAGES, SEGMENT_GROUPS};
 use crate::segment::{Segment, mean_of, quantise};
 use crate::simd::{BLOCK, kernels};
-use crate::snapshot::SegmentEntry;
+use crate::state::SegmentEntry;
 use crate::sync::Arc;
 
 /// Segments that share a block of group summaries.
@@ -134,6 +134,10 @@ impl Segments {
     /// The same segments with other removals. Group summaries keep describing all tokens that were sealed.
     pub(crate) fn with_entries(&self, entries: Vec<SegmentEntry>) -> Self {
         Self { entries, supers: self.supers.clone() }
+    }
+
+    pub(crate) fn into_entries(self) -> Vec<SegmentEntry> {
+        self.entries
     }
 
     pub(crate) fn heap_bytes(&self) -> usize {

@@ -5,27 +5,35 @@
 //! open pages that takes the newest tokens. Pages live in a [`PageStore`]. [`extend`] adds tokens to many sequences,
 //! [`search`] returns a [`Selection`] of pages for every KV head; both run on the Rayon pool they are given.
 //!
-//! Searches take no lock: they load one snapshot and read memory that is immutable or published with `Release`.
-//! Writers of one tree exclude each other with a mutex. `README.md` beside this crate has the protocol.
+//! Nobody takes a lock. Searches load one state and read memory that is immutable or published with `Release`; any number
+//! of threads may insert, extend, remove, crop and fork at once. `README.md` beside this crate has the protocol.
 
 mod arena;
 #[cfg(feature = "bench")]
 #[doc(hidden)]
 pub mod bench;
 mod brute;
+mod cell;
 mod config;
+mod cut;
 mod digest;
 mod error;
 mod extend;
 mod forest;
+mod free;
 mod groups;
+mod grow;
 mod head;
 mod ids;
 mod layout;
+#[cfg(all(test, loom))]
+#[path = "../../../tests/rust/loom.rs"]
+mod loom_models;
 mod math;
 mod pack;
 mod page;
 pub mod paper;
+mod pending;
 mod plan;
 mod reassign;
 mod rows;
@@ -33,9 +41,12 @@ mod search;
 mod segment;
 mod selection;
 mod serve;
+mod shared;
 mod simd;
+mod slot;
 mod snapshot;
 mod split;
+mod state;
 mod sync;
 mod tail;
 mod validate;

@@ -2,19 +2,27 @@
 //!
 //! Both own their memory through a [`Lease`], so nobody else can name it. An open page lets any number of threads
 //! read published slots while slots are filled: a slot is reserved once, written by its reserver alone, and its bit is
-//! set afterwards.
+//! set afterwards. That alone makes every access sound; which slots *belong* to a state is up to the state.
 
 use crate::arena::Lease;
 use crate::config::PAGE_TOKENS;
 use crate::ids::PageRef;
 use crate::layout::PageLayout;
-use crate::sync::{Arc, AtomicU32, Ordering};
+use crate::sync::{AtomicU32, Ordering, Site, acquire, release};
 
 /// A row to store: key bytes and value bytes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Row<'a> {
     pub(crate) key: &'a [u8],
     pub(crate) value: &'a [u8],
+}
+
+impl<'a> Row<'a> {
+    /// The row of a slot of a page's keys and values.
+    pub(crate) fn of_slot(layout: PageLayout, keys: &'a [u8], values: &'a [u8], slot: usize) -> Self {
+        let (key, value) = (layout.key_bytes(), layout.value_bytes());
+        Self { key: &keys[slot * key..][..key], value: &values[slot * value..][..value] }
+    }
 }
 
 /// Copies a row into slot `slot` of page `page` of the lease.
@@ -26,6 +34,7 @@ unsafe fn write_slot(lease: &Lease, page: usize, slot: usize, row: Row<'_>) {
     assert!(slot < PAGE_TOKENS, "slot out of range");
     assert_eq!(row.key.len(), layout.key_bytes(), "key length");
     assert_eq!(row.value.len(), layout.value_bytes(), "value length");
+    lease.store().note_write(lease.pages()[page].id, slot);
     let base = lease.store().page_memory(lease.pages()[page].id);
     // SAFETY: the slot's key lies in the first `16 * key_bytes` bytes of the page.
     let key = unsafe { base.add(slot * layout.key_bytes()) };
@@ -43,6 +52,7 @@ unsafe fn write_slot(lease: &Lease, page: usize, slot: usize, row: Row<'_>) {
 /// Those slots are written and will not be written again while the lease lives.
 unsafe fn key_bytes(lease: &Lease, page: usize, count: usize) -> &[u8] {
     assert!(count <= PAGE_TOKENS, "count out of range");
+    lease.store().note_read(lease.pages()[page].id, count);
     let base = lease.store().page_memory(lease.pages()[page].id);
     // SAFETY: the range lies in the page; the caller promises that it is immutable while borrowed.
     unsafe { std::slice::from_raw_parts(base.as_ptr(), count * lease.store().layout().key_bytes()) }
@@ -54,6 +64,7 @@ unsafe fn key_bytes(lease: &Lease, page: usize, count: usize) -> &[u8] {
 /// As for [`key_bytes`].
 unsafe fn value_bytes(lease: &Lease, page: usize, count: usize) -> &[u8] {
     assert!(count <= PAGE_TOKENS, "count out of range");
+    lease.store().note_read(lease.pages()[page].id, count);
     let layout = lease.store().layout();
     let base = lease.store().page_memory(lease.pages()[page].id);
     // SAFETY: values start behind the 16 keys of the page.
@@ -108,8 +119,17 @@ impl SealedPages {
         unsafe { value_bytes(&self.lease, page, self.count(page)) }
     }
 
+    pub(crate) fn row(&self, page: usize, slot: usize) -> Row<'_> {
+        Row::of_slot(self.layout(), self.keys(page), self.values(page), slot)
+    }
+
     pub(crate) fn layout(&self) -> PageLayout {
         self.lease.store().layout()
+    }
+
+    /// The pages' memory, once nobody else can read it.
+    pub(crate) fn into_lease(self) -> Lease {
+        self.lease
     }
 
     pub(crate) fn heap_bytes(&self) -> usize {
@@ -117,18 +137,10 @@ impl SealedPages {
     }
 }
 
-/// Identity of a writer: a tail page is appended to only by the tree that made it.
-#[derive(Debug, Default)]
-pub(crate) struct Owner {
-    // A unit struct would have no address of its own.
-    _identity: u8,
-}
-
-/// A page of the tail. Slots are appended, published and never changed again.
+/// A page that is filled slot by slot. Slots are reserved in order, published and never changed again.
 #[derive(Debug)]
 pub(crate) struct OpenPage {
     lease: Lease,
-    owner: Arc<Owner>,
     /// Slots handed to writers.
     reserved: AtomicU32,
     /// Bit `s` is set when slot `s` is written.
@@ -139,19 +151,19 @@ pub(crate) struct OpenPage {
 
 impl OpenPage {
     /// An empty page over a lease of exactly one page.
-    pub(crate) fn new(lease: Lease, owner: &Arc<Owner>) -> Self {
+    pub(crate) fn new(lease: Lease) -> Self {
         assert_eq!(lease.pages().len(), 1, "an open page owns one page");
         Self {
             lease,
-            owner: Arc::clone(owner),
             reserved: AtomicU32::new(0),
             published: AtomicU32::new(0),
             tokens: std::array::from_fn(|_| AtomicU32::new(0)),
         }
     }
 
-    pub(crate) fn is_owned_by(&self, owner: &Arc<Owner>) -> bool {
-        Arc::ptr_eq(&self.owner, owner)
+    /// The page's memory, once nobody else can read it.
+    pub(crate) fn into_lease(self) -> Lease {
+        self.lease
     }
 
     pub(crate) fn page_ref(&self) -> PageRef {
@@ -162,40 +174,35 @@ impl OpenPage {
         self.lease.store().layout()
     }
 
-    /// Appends a row; `false` when the page is full. Lock-free, safe from any number of threads.
-    pub(crate) fn push(&self, token: u32, row: Row<'_>) -> bool {
-        // Relaxed: only makes slots unique; the content is published below.
-        let slot = self.reserved.fetch_add(1, Ordering::Relaxed) as usize;
-        if slot >= PAGE_TOKENS {
-            // Relaxed: as above; keeps the counter from wrapping.
-            self.reserved.fetch_sub(1, Ordering::Relaxed);
-            return false;
+    /// Appends a row as slot `slot`; `false` when the page is full or that slot is not the next one, because somebody
+    /// else continued the page, or because an attempt that came to nothing left a row behind. Then a copy must be
+    /// continued instead. Lock-free, safe from any number of threads.
+    pub(crate) fn append(&self, slot: usize, token: u32, row: Row<'_>) -> bool {
+        let (old, new) = (slot as u32, slot as u32 + 1);
+        // Relaxed: only makes the slot ours; the content is published below.
+        let ours = slot < PAGE_TOKENS
+            && self.reserved.compare_exchange(old, new, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if ours {
+            // SAFETY: the exchange gave this slot to us alone, and readers wait for its bit.
+            unsafe { write_slot(&self.lease, 0, slot, row) };
+            // Relaxed: ordered by the Release below.
+            self.tokens[slot].store(token, Ordering::Relaxed);
+            // Release: pairs with the Acquire in `published`; whoever sees the bit sees the slot.
+            self.published.fetch_or(1 << slot, release(Site::Slot));
         }
-        // SAFETY: `fetch_add` gave this slot to us alone, and readers wait for its bit.
-        unsafe { write_slot(&self.lease, 0, slot, row) };
-        // Relaxed: ordered by the Release below.
-        self.tokens[slot].store(token, Ordering::Relaxed);
-        // Release: pairs with the Acquire in `published`; whoever sees the bit sees the slot.
-        self.published.fetch_or(1 << slot, Ordering::Release);
-        true
+        ours
     }
 
     /// Number of leading published slots.
     pub(crate) fn published(&self) -> usize {
-        // Acquire: pairs with the Release in `push`.
-        self.published.load(Ordering::Acquire).trailing_ones() as usize
+        // Acquire: pairs with the Release in `append`.
+        self.published.load(acquire(Site::Slot)).trailing_ones() as usize
     }
 
     /// Token of a published slot, relative to the start of the tail.
     pub(crate) fn token(&self, slot: usize) -> u32 {
         // Relaxed: callers learn of the slot through `published`, which acquires it.
         self.tokens[slot].load(Ordering::Relaxed)
-    }
-
-    /// Leading published slots whose token is below `limit`. Tokens of a page ascend, because one writer appends.
-    pub(crate) fn visible(&self, limit: u32) -> usize {
-        let published = self.published();
-        (0..published).find(|&slot| self.token(slot) >= limit).unwrap_or(published)
     }
 
     /// Keys of the first `count` slots.
@@ -210,5 +217,10 @@ impl OpenPage {
         assert!(count <= self.published(), "only published slots can be read");
         // SAFETY: published slots are never written again.
         unsafe { value_bytes(&self.lease, 0, count) }
+    }
+
+    /// Key and value of a published slot.
+    pub(crate) fn row(&self, slot: usize) -> Row<'_> {
+        Row::of_slot(self.layout(), self.keys(slot + 1), self.values(slot + 1), slot)
     }
 }

@@ -4,6 +4,29 @@
 use half::{bf16, f16};
 
 use crate::layout::Dtype;
+use crate::page::Row;
+
+/// Rows of one tree that lie one after the other.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NewRows<'a> {
+    pub(crate) keys: &'a [u8],
+    pub(crate) values: &'a [u8],
+    pub(crate) key_bytes: usize,
+    pub(crate) value_bytes: usize,
+}
+
+impl<'a> NewRows<'a> {
+    pub(crate) fn len(&self) -> usize {
+        self.keys.len() / self.key_bytes
+    }
+
+    pub(crate) fn row(&self, i: usize) -> Row<'a> {
+        Row {
+            key: &self.keys[i * self.key_bytes..][..self.key_bytes],
+            value: &self.values[i * self.value_bytes..][..self.value_bytes],
+        }
+    }
+}
 
 /// Decodes little-endian elements.
 pub(crate) fn decode(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {

@@ -53,6 +53,11 @@ impl Segment {
         &self.pages
     }
 
+    /// Its pages' memory, once nobody else can read them.
+    pub(crate) fn into_lease(self) -> Lease {
+        self.pages.into_lease()
+    }
+
     pub(crate) fn n_pages(&self) -> usize {
         self.pages.len()
     }

@@ -9,7 +9,6 @@ use rayon::prelude::*;
 use crate::config::PAGE_TOKENS;
 use crate::error::{Error, Result};
 use crate::forest::{Forest, check_length};
-use crate::head::HeadIndex;
 use crate::layout::PageLayout;
 use crate::search::{HeadOut, common_shape, layout_of};
 use crate::snapshot::{PageView, View};
@@ -219,7 +218,7 @@ fn copy_page(page: Option<&PageView<'_>>, keys: &mut [u8], values: &mut [u8]) ->
 }
 
 fn views_of(forests: &[&Forest]) -> Vec<View> {
-    forests.iter().flat_map(|f| f.heads()).map(HeadIndex::view).collect()
+    forests.iter().flat_map(|f| f.views()).collect()
 }
 
 /// Every page of every head, sealed ones first; `k` is the largest page count.

@@ -8,7 +8,8 @@ use crate::error::{Error, Result};
 use crate::forest::Forest;
 use crate::rows::{decode, is_finite};
 use crate::segment::mean_of;
-use crate::snapshot::{PageView, SegmentEntry, View, full_mask};
+use crate::snapshot::{PageView, View};
+use crate::state::{SegmentEntry, full_mask};
 use crate::tail::TailMeans;
 
 /// Fails with the text unless the condition holds.
@@ -17,39 +18,37 @@ fn ensure(holds: bool, text: impl FnOnce() -> String) -> Result<()> {
 }
 
 impl Forest {
-    /// Checks all invariants. Meant for tests: it reads everything. Blocking: waits for a writer.
+    /// Checks all invariants of what is current when it starts. Meant for tests: it reads everything.
     ///
     /// # Errors
     /// [`Error::Invariant`] naming the first broken one.
     pub fn validate(&self) -> Result<()> {
-        let writer = self.lock_writer();
         let mut pages = HashSet::new();
-        for (h, head) in self.heads().iter().enumerate() {
-            let view = head.view();
-            ensure(view.tokens() == self.len(), || format!("head {h} has {} of {} tokens", view.tokens(), self.len()))?;
+        for (h, view) in self.views().enumerate() {
             for page in view.pages() {
                 ensure(pages.insert(page.page.id), || format!("page {:?} is used twice", page.page))?;
                 ensure(self.store().is_current(page.page), || format!("page {:?} was freed", page.page))?;
             }
             let named = |error| Error::Invariant(format!("head {h}: {error}"));
-            let n_segments = view.snapshot().segments.len();
-            ensure(self.sealing() == Sealing::Never || n_segments == view.tokens() / SEGMENT_TOKENS, || {
-                format!("head {h}: {n_segments} segments for {} tokens", view.tokens())
+            let (n_segments, routed) = (view.snapshot().segments.len(), view.trees().tokens);
+            ensure(self.shared().sealing == Sealing::Never || n_segments == routed / SEGMENT_TOKENS, || {
+                format!("head {h}: {n_segments} segments for {routed} tokens")
             })?;
-            validate_tree(&view, writer.removals).map_err(named)?;
-            if let Some(means) = &writer.means[h] {
-                let fresh = TailMeans::of(&view.snapshot().tail, view.tail_limit(), self.store().layout());
-                ensure(*means == fresh, || {
-                    format!("head {h}: the means of the tail's pages are not those of its rows")
-                })?;
+            validate_tree(&view).map_err(named)?;
+            let tail = &view.snapshot().tail;
+            if let Some(means) = tail.means.take() {
+                let current = *means == TailMeans::of(&tail.entries, self.store().layout());
+                tail.means.put(means);
+                ensure(current, || format!("head {h}: the means of the tail's pages are not those of its rows"))?;
             }
         }
         Ok(())
     }
 }
 
-/// Without `removals` every token below the length must be there.
-fn validate_tree(view: &View, removals: bool) -> Result<()> {
+/// Unless some were removed, every token below the length must be there.
+fn validate_tree(view: &View) -> Result<()> {
+    let removals = view.trees().removals;
     let mut seen = HashSet::new();
     for (ordinal, page) in view.ordered_pages() {
         validate_page(view, ordinal, &page)?;
@@ -108,7 +107,7 @@ fn validate_segment(entry: &SegmentEntry) -> Result<()> {
 mod tests {
     use rayon::ThreadPoolBuilder;
 
-    use crate::snapshot::Snapshot;
+    use crate::state::{State, Tail, Tree, Trees};
     use crate::sync::Arc;
     use crate::tail::TailMeans;
     use crate::{Dtype, ExtendRow, Forest, PageLayout, PageStore, StoreOptions, extend};
@@ -131,13 +130,23 @@ mod tests {
         forest.validate().unwrap_err().to_string()
     }
 
+    /// Replaces the tree by what `change` makes of it.
+    fn corrupt(forest: &Forest, mut change: impl FnMut(&Tree) -> Tree) {
+        forest.shared().update(|state| {
+            let heads = state.trees.heads.iter().map(&mut change).collect();
+            let trees = Trees { heads, tokens: state.trees.tokens, removals: state.trees.removals };
+            Some(State { trees: Arc::new(trees), pending: Vec::new() })
+        });
+    }
+
     #[test]
     fn a_token_that_no_page_holds_is_found() {
         let forest = forest();
-        let view = forest.heads()[0].view();
-        let mut tail = view.snapshot().tail.clone();
-        tail.pop();
-        forest.heads()[0].publish(Snapshot::new(Arc::clone(&view.snapshot().segments), tail, view.tokens()));
+        corrupt(&forest, |tree| {
+            let mut entries = tree.tail.entries.clone();
+            entries.pop();
+            Tree { segments: Arc::clone(&tree.segments), tail: Tail::new(entries, None) }
+        });
         assert!(finding(&forest).contains("of 5160 tokens are in pages"), "{}", finding(&forest));
     }
 
@@ -153,21 +162,26 @@ mod tests {
     #[test]
     fn means_of_the_tail_that_lag_behind_its_rows_are_found() {
         let forest = forest();
-        let view = forest.heads()[0].view();
-        let stale = TailMeans::of(&view.snapshot().tail, view.tail_limit() - 1, forest.store().layout());
-        forest.lock_writer().means[0] = Some(stale);
+        corrupt(&forest, |tree| {
+            let (mut entries, layout) = (tree.tail.entries.clone(), forest.store().layout());
+            let last = entries.len() - 1;
+            let full = TailMeans::of(&entries, layout);
+            entries[last].count -= 1;
+            assert_ne!(full, TailMeans::of(&entries, layout));
+            let stale = TailMeans::of(&entries, layout);
+            Tree { segments: Arc::clone(&tree.segments), tail: Tail::new(tree.tail.entries.clone(), Some(stale)) }
+        });
         assert!(finding(&forest).contains("means of the tail's pages"), "{}", finding(&forest));
     }
 
     #[test]
     fn super_groups_of_other_segments_are_found() {
         let forest = forest();
-        let view = forest.heads()[0].view();
-        let mut entries = view.snapshot().segments.to_vec();
-        entries.swap(0, 4);
-        let segments = Arc::new(view.snapshot().segments.with_entries(entries));
-        let tail = view.snapshot().tail.clone();
-        forest.heads()[0].publish(Snapshot::new(segments, tail, view.tokens()));
+        corrupt(&forest, |tree| {
+            let mut entries = tree.segments.to_vec();
+            entries.swap(0, 4);
+            Tree { segments: Arc::new(tree.segments.with_entries(entries)), tail: Arc::clone(&tree.tail) }
+        });
         assert!(finding(&forest).contains("super-groups differ"), "{}", finding(&forest));
     }
 }

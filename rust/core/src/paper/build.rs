@@ -15,8 +15,7 @@ use crate::arena::{Lease, PageStore};
 use crate::config::PAGE_TOKENS;
 use crate::error::{Error, Result};
 use crate::page::Row;
-use crate::plan::NewRows;
-use crate::rows::{decode, is_finite};
+use crate::rows::{NewRows, decode, is_finite};
 use crate::sync::Arc;
 
 /// Keys projected, or leaves written, by one task.
@@ -203,7 +202,7 @@ impl Mdci {
         let fill = |((cell, run), lease): (&(CellId, std::ops::Range<usize>), Lease)| {
             let children = &self.cell(*cell).children[run.clone()];
             let rows = children.iter().map(|child| (child.token, build.rows.row(child.token.0 as usize)));
-            Leaf::fill(lease, &self.owner, *cell, rows)
+            Leaf::fill(lease, *cell, rows)
         };
         let leaves: Vec<Leaf> = runs.par_iter().zip(leases).with_min_len(GRAIN / PAGE_TOKENS).map(fill).collect();
         for ((cell, run), leaf) in runs.into_iter().zip(leaves) {

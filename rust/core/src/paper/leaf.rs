@@ -9,10 +9,9 @@ use super::ids::{CellId, TokenId};
 use crate::arena::Lease;
 use crate::config::PAGE_TOKENS;
 use crate::ids::PageRef;
-use crate::page::{OpenPage, Owner, Row};
+use crate::page::{OpenPage, Row};
 use crate::simd::Dots;
-use crate::snapshot::full_mask;
-use crate::sync::Arc;
+use crate::state::full_mask;
 
 #[derive(Debug)]
 pub(super) struct Leaf {
@@ -24,13 +23,8 @@ pub(super) struct Leaf {
 
 impl Leaf {
     /// Writes rows into the page of `lease`, at most 16.
-    pub(super) fn fill<'a>(
-        lease: Lease,
-        owner: &Arc<Owner>,
-        cell: CellId,
-        rows: impl Iterator<Item = (TokenId, Row<'a>)>,
-    ) -> Self {
-        let mut leaf = Self { page: OpenPage::new(lease, owner), cell, live: 0 };
+    pub(super) fn fill<'a>(lease: Lease, cell: CellId, rows: impl Iterator<Item = (TokenId, Row<'a>)>) -> Self {
+        let mut leaf = Self { page: OpenPage::new(lease), cell, live: 0 };
         rows.for_each(|(token, row)| leaf.push(token, row));
         leaf
     }
@@ -38,7 +32,7 @@ impl Leaf {
     /// Appends a row; the leaf [has room](Self::has_room).
     pub(super) fn push(&mut self, token: TokenId, row: Row<'_>) {
         let slot = self.page.published();
-        let pushed = self.page.push(token.0, row);
+        let pushed = self.page.append(slot, token.0, row);
         assert!(pushed, "a leaf takes at most 16 rows");
         self.live |= 1 << slot;
     }

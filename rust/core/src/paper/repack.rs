@@ -42,7 +42,7 @@ impl Mdci {
         let span = cell.span_of(place);
         cell.children.insert(place, child);
         if cell.spans.is_empty() {
-            let leaf = Leaf::fill(spare.take(), &self.owner, id, std::iter::once((child.token, row)));
+            let leaf = Leaf::fill(spare.take(), id, std::iter::once((child.token, row)));
             let leaf = LeafId(self.leaves.add(leaf));
             self.cells.get_mut(id.0).spans.push(Span { leaf, start: 0 });
             self.tokens[child.token.0 as usize].leaf = Some(leaf);
@@ -85,9 +85,7 @@ impl Mdci {
             Some((token, row)) if token == child.token => (token, row),
             _ => (child.token, self.live_row(child.token).expect("a child is in a leaf")),
         };
-        cuts(children.len())
-            .map(|run| Leaf::fill(spare.take(), &self.owner, id, children[run].iter().map(row)))
-            .collect()
+        cuts(children.len()).map(|run| Leaf::fill(spare.take(), id, children[run].iter().map(row))).collect()
     }
 
     /// Takes fresh leaves over a run of the children of a cell into the tree; returns their spans.

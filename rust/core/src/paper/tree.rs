@@ -16,7 +16,7 @@ use super::promotion::Promotion;
 use crate::arena::PageStore;
 use crate::error::Result;
 use crate::ids::PageRef;
-use crate::page::{Owner, Row};
+use crate::page::Row;
 use crate::sync::Arc;
 
 /// What happened to a tree so far.
@@ -52,7 +52,6 @@ pub(super) struct Token {
 pub struct Mdci {
     pub(super) store: Arc<PageStore>,
     pub(super) options: MdciOptions,
-    pub(super) owner: Arc<Owner>,
     pub(super) direction: Direction,
     pub(super) promotion: Promotion,
     /// `M`: largest squared norm of a key since the tree was last empty.
@@ -84,7 +83,6 @@ impl Mdci {
             promotion: Promotion::new(options.first_ratio, options.upper_ratio),
             store,
             options,
-            owner: Arc::default(),
             max_square: 0.0,
             tokens: Vec::new(),
             n_live: 0,

@@ -106,7 +106,7 @@ pub(crate) fn search_head(
         probe.visit(view, &query, probe_mass, options.n_candidates(), scan);
     }
     let n_scanned = scan.blocks.len() * BLOCK;
-    let n_tail = view.snapshot().tail.len();
+    let n_tail = view.n_tail();
     let stride = n_scanned + probe.n_left;
     // Every column is written: by the scan, and below for the groups left out.
     logits.resize(group * stride, f32::NEG_INFINITY);

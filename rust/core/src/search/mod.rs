@@ -50,7 +50,7 @@ pub fn search(
     let (n_heads, dim) = common_shape(forests)?;
     check_length("queries", forests.len() * n_heads * group * dim, queries.len())?;
     check_queries(queries, n_heads, group, dim)?;
-    let views: Vec<View> = forests.iter().flat_map(|f| f.heads()).map(crate::head::HeadIndex::view).collect();
+    let views: Vec<View> = forests.iter().flat_map(|f| f.views()).collect();
     let most_pages = views.iter().map(View::n_pages).max().unwrap_or(0);
     let mut selection = Selection::empty(views, n_heads, options.k.min(most_pages), group, layout_of(forests));
     let per_head = group * dim;

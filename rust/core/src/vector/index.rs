@@ -241,6 +241,6 @@ impl State {
 
     /// A forest with the rows of this state, for a writer to go on from.
     pub(super) fn fork(&self) -> Forest {
-        Forest::of_view(Arc::clone(&self.store), &self.view)
+        Forest::of_view(Arc::clone(&self.store), crate::config::Sealing::default(), &self.view)
     }
 }

@@ -1,0 +1,182 @@
+//! One published state of a forest. Immutable, but for the log of its last pending block.
+#![forbid(unsafe_code)]
+
+use crate::config::SEGMENT_TOKENS;
+use crate::groups::Segments;
+use crate::layout::PageLayout;
+use crate::page::OpenPage;
+use crate::pending::Pending;
+use crate::segment::Segment;
+use crate::slot::Slot;
+use crate::sync::Arc;
+use crate::tail::TailMeans;
+
+/// Which tokens of a sealed segment were not removed.
+#[derive(Debug)]
+pub(crate) struct Live {
+    /// Bit `s` of mask `p`: slot `s` of page `p` is live.
+    pub(crate) masks: Box<[u16]>,
+    /// `ln` of the live tokens of each page, one per lane of the summaries.
+    pub(crate) ln_counts: Box<[f32]>,
+}
+
+/// A segment and its removals.
+#[derive(Debug, Clone)]
+pub(crate) struct SegmentEntry {
+    pub(crate) segment: Arc<Segment>,
+    pub(crate) live: Option<Arc<Live>>,
+}
+
+impl SegmentEntry {
+    pub(crate) fn mask(&self, page: usize) -> u16 {
+        self.live.as_ref().map_or_else(|| full_mask(self.segment.pages().count(page)), |live| live.masks[page])
+    }
+
+    pub(crate) fn ln_counts(&self) -> &[f32] {
+        self.live.as_ref().map_or(&self.segment.summaries.ln_counts, |live| &live.ln_counts)
+    }
+}
+
+/// An open page as one tree sees it: slots from `count` on belong to others, or to nobody.
+#[derive(Debug, Clone)]
+pub(crate) struct TailEntry {
+    pub(crate) page: Arc<OpenPage>,
+    pub(crate) count: u8,
+    /// Bit `s`: slot `s` was removed.
+    pub(crate) dead: u16,
+}
+
+impl TailEntry {
+    pub(crate) fn mask(&self) -> u16 {
+        full_mask(self.count as usize) & !self.dead
+    }
+}
+
+/// Mask of the first `count` slots.
+pub(crate) fn full_mask(count: usize) -> u16 {
+    ((1_u32 << count) - 1) as u16
+}
+
+/// The open pages of a tree.
+#[derive(Debug)]
+pub(crate) struct Tail {
+    pub(crate) entries: Vec<TailEntry>,
+    /// Means of the entries, for whoever inserts next; who finds nothing here computes them again.
+    pub(crate) means: Slot<TailMeans>,
+}
+
+impl Tail {
+    pub(crate) fn new(entries: Vec<TailEntry>, means: Option<TailMeans>) -> Arc<Self> {
+        Arc::new(Self { entries, means: Slot::new(means.map(Box::new)) })
+    }
+
+    pub(crate) fn heap_bytes(&self, layout: PageLayout) -> usize {
+        let means = TailMeans::bytes_per_page(layout);
+        size_of::<Self>() + self.entries.len() * (size_of::<TailEntry>() + size_of::<OpenPage>() + means)
+    }
+}
+
+/// The tokens of one head that have their place.
+#[derive(Debug, Clone)]
+pub(crate) struct Tree {
+    /// Segment `j` holds positions `1024 j .. 1024 (j + 1)`.
+    pub(crate) segments: Arc<Segments>,
+    pub(crate) tail: Arc<Tail>,
+}
+
+impl Tree {
+    pub(crate) fn empty() -> Self {
+        Self { segments: Arc::default(), tail: Tail::new(Vec::new(), None) }
+    }
+
+    /// First position of the tail.
+    pub(crate) fn tail_start(&self) -> usize {
+        self.segments.len() * SEGMENT_TOKENS
+    }
+
+    /// Element type and shape of the pages; `None` for a tree without one.
+    pub(crate) fn layout(&self) -> Option<PageLayout> {
+        let sealed = self.segments.iter().find(|entry| entry.segment.n_pages() > 0);
+        let tail = || self.tail.entries.first().map(|entry| entry.page.layout());
+        sealed.map(|entry| entry.segment.layout()).or_else(tail)
+    }
+}
+
+/// The trees of a forest, all of the same length.
+#[derive(Debug)]
+pub(crate) struct Trees {
+    pub(crate) heads: Box<[Tree]>,
+    /// Positions in the trees, removed tokens included.
+    pub(crate) tokens: usize,
+    /// Whether a token may be missing, because it was removed here or before a fork.
+    pub(crate) removals: bool,
+}
+
+/// Tokens that are part of the sequence and not of the trees.
+#[derive(Debug, Clone)]
+pub(crate) struct PendingEntry {
+    /// Position of its first token.
+    pub(crate) base: usize,
+    pub(crate) block: Arc<Pending>,
+    /// Tokens of the block that belong to this forest, where it is shared with another one that may add to it.
+    pub(crate) limit: Option<usize>,
+}
+
+impl PendingEntry {
+    /// Tokens now.
+    pub(crate) fn n_tokens(&self) -> usize {
+        self.limit.unwrap_or_else(|| self.block.n_tokens())
+    }
+
+    /// Takes no more tokens; returns how many there are for good.
+    fn close(&self) -> usize {
+        self.limit.unwrap_or_else(|| self.block.close())
+    }
+
+    /// Whether it takes no more tokens.
+    pub(crate) fn is_ended(&self) -> bool {
+        self.limit.is_some() || self.block.is_ended()
+    }
+}
+
+/// What is current: trees, and behind them blocks in the order of their positions. Only the last can take inserts.
+#[derive(Debug)]
+pub(crate) struct State {
+    pub(crate) trees: Arc<Trees>,
+    pub(crate) pending: Vec<PendingEntry>,
+}
+
+impl State {
+    pub(crate) fn empty(n_heads: usize) -> Self {
+        let heads = (0..n_heads).map(|_| Tree::empty()).collect();
+        Self { trees: Arc::new(Trees { heads, tokens: 0, removals: false }), pending: Vec::new() }
+    }
+
+    /// Tokens now, removed ones included. Acquires the rows of all of them.
+    pub(crate) fn tokens(&self) -> usize {
+        self.pending.last().map_or(self.trees.tokens, |entry| entry.base + entry.n_tokens())
+    }
+
+    /// Ends the log of the last block, so that this state's tokens stay what they are; returns how many there are.
+    pub(crate) fn close(&self) -> usize {
+        self.pending.last().map_or(self.trees.tokens, |entry| entry.base + entry.close())
+    }
+
+    /// The block to route first, if it has ended. Only the last block can be empty.
+    pub(crate) fn first_ended(&self) -> Option<&PendingEntry> {
+        self.pending.first().filter(|entry| entry.is_ended() && entry.n_tokens() > 0)
+    }
+
+    /// The same trees and blocks, the last of which is ended, with one more block behind them.
+    pub(crate) fn with_block(&self, block: &Arc<Pending>) -> Self {
+        let base = self.close();
+        let mut pending = self.occupied();
+        pending.push(PendingEntry { base, block: Arc::clone(block), limit: None });
+        Self { trees: Arc::clone(&self.trees), pending }
+    }
+
+    /// Blocks that hold a token.
+    pub(crate) fn occupied(&self) -> Vec<PendingEntry> {
+        self.pending.iter().filter(|entry| entry.n_tokens() > 0).cloned().collect()
+    }
+}
