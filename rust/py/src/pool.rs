@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::arrays::optional_count;
+use crate::errors::IntoPy;
 
 /// More is a mistake: a typo in an environment variable should not start thousands of threads.
 const MAX_THREADS: usize = 1024;

@@ -4,7 +4,7 @@ mod dots;
 mod mass;
 mod scan;
 
-use super::Kernels;
+use super::{Dots, Kernels};
 
 /// Kernels for machines with AVX2, FMA and F16C, best first.
 pub(super) fn detect() -> impl Iterator<Item = &'static Kernels> {
@@ -13,7 +13,12 @@ pub(super) fn detect() -> impl Iterator<Item = &'static Kernels> {
     vnni.then_some(&VNNI).into_iter().chain(here.then_some(&KERNELS))
 }
 
-/// Private: reached through `detect` only, which is the proof every `SAFETY` comment of this folder relies on.
+/// For the kernels of larger sets, which are detected together with AVX2, FMA and F16C.
+pub(super) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
+    dots::dots(input, stride, out);
+}
+
+/// Private: reached through `detect` and `dots` only, which is the proof every `SAFETY` comment of this folder relies on.
 const BASE: Kernels = Kernels {
     name: "avx2",
     dots: dots::dots,

@@ -4,7 +4,7 @@
 use std::arch::x86_64::*;
 
 use crate::layout::Dtype;
-use crate::simd::{Dots, LANES};
+use crate::simd::{Dots, LANES, avx2};
 
 /// Independent accumulators of a tile, at most: 8 hide the latency of an addition, 16 save loads of rows and queries.
 const TILE: usize = 16;
@@ -12,6 +12,11 @@ const TILE: usize = 16;
 pub(super) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
     let n = input.rows.len() / (input.dim * input.dtype.size());
     let group = input.queries.len() / input.dim;
+    if group == 1 {
+        // Joining two rows costs more than one query gives back: 8.0 ns a row against 6.8 (f32, dim 128, Xeon with
+        // 512-bit units), 6.8 against 4.6 (Zen 4); examples/kernels.
+        return avx2::dots(input, stride, out);
+    }
     assert!(group == 0 || n == 0 || out.len() >= (group - 1) * stride + n, "output too short");
     match input.dtype {
         // SAFETY: `detect` found the features.

@@ -15,7 +15,9 @@ pub(super) fn detect() -> impl Iterator<Item = &'static Kernels> {
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
         && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("fma");
+        && is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c");
     let vnni = here && is_x86_feature_detected!("avx512vnni");
     vnni.then_some(&VNNI).into_iter().chain(here.then_some(&KERNELS))
 }
