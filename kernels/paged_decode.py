@@ -1,12 +1,17 @@
-"""Attention of one decoded token over the selected pages of the page store.
+"""Attention of one decoded token over the tokens near it (sink, window) and over pages read by their address.
 
-Dimension key: B sequences, H KV heads, G query heads per KV head, K selected pages, S splits of the page list,
-N pages in the store, P tokens in a page, D head dim.
+Dimension key: B sequences, H KV heads, G query heads per KV head, D key dim, E value dim, C columns of the near buffer,
+K places in the page table, S splits of the tokens, P = 16 tokens in a page.
 
-    out[b, h, g] = sum_i p_i v_i,   p = softmax(scale * q[b, h, g] . k_i)   over the live tokens i of the K pages
-    lse[b, h, g] = log sum_i exp(scale * q[b, h, g] . k_i)                  natural logarithm
+    out[b, h, g] = sum_i p_i v_i,   p = softmax(logit)                over the live tokens i, near and paged
+    lse[b, h, g] = log sum_i exp(logit_i)                             natural logarithm
+    logit_i      = scale * q[b, h, g] . k_i, through cap * tanh(. / cap) if there is a soft cap
 
 A head without a single live token gets out = 0 and lse = -inf, so that it drops out of a merge by log-sum-exp.
+
+A page is named by one int64 word: its address in the low 48 bits, bit ``48 + s`` set if slot ``s`` is live; 0 is no
+page. Pages start on 64 bytes. The memory may be the device's or registered host memory, which the kernel then reads over the bus: no copy and
+no processor in between. Each split writes a partial result; `merge_splits` folds them.
 """
 
 from __future__ import annotations
@@ -15,95 +20,230 @@ import torch
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+from icecache.kernels.merge_splits import merge_splits
+
+PAGE_TOKENS = 16
+BLOCKS_PER_NEAR_SPLIT = 4
+"""Near tokens come from the device's memory, 4 blocks of 16 take less time than one page over the bus."""
+MAX_PAGE_SPLITS = 64
+"""Programs per head over the page table. One page a program hides the latency of the bus best; more partial results
+than this cost more to merge than they hide (benches/python/bench_paged_decode.py)."""
+
+
+@triton.jit
+def _fold(q, k, v, live, scale, softcap, m, denominator, acc, HAS_CAP: tl.constexpr):
+    """Fold P tokens into a running softmax in base 2: maximum, denominator and numerator."""
+    # ieee: float32 keys must not be rounded to tf32 on the tensor cores
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [G, P]
+    if HAS_CAP:
+        s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
+    s = tl.where(live[None, :], s * 1.4426950408889634, float("-inf"))  # log2(e)
+    m_new = tl.maximum(m, tl.max(s, 1))
+    # An empty prefix keeps m at -inf; shift by 0 there so exp2 never sees inf - inf.
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - m_safe[:, None])
+    rescale = tl.exp2(m - m_safe)
+    denominator = denominator * rescale + tl.sum(p, 1)
+    acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return m_new, denominator, acc
 
 
 @triton.jit
 def _paged_decode_kernel(
     q_ptr,  # [B, H, G, D]
-    pages_ptr,  # [N, 2, P, D], keys then values; may be pinned host memory
-    table_ptr,  # [B, H, K] int32, page of each selected slot, -1 = none
-    counts_ptr,  # [B, H, K] int32, live tokens of that page, first slots first
-    out_ptr,  # [B, H, S, G, D] float32
+    near_k_ptr,  # [B, H, C, D]
+    near_v_ptr,  # [B, H, C, E]
+    bounds_ptr,  # [B, 3] int32: columns 0 .. sink and start .. stop of the near buffer are live
+    table_ptr,  # [B, H, K] int64, see the module docstring
+    out_ptr,  # [B, H, S, G, E] float32
     lse_ptr,  # [B, H, S, G] float32, natural logarithm
-    n_selected,  # K
+    n_heads,  # H
+    n_places,  # K
+    n_near_splits,
     pages_per_split,
-    scale_log2,  # scale * log2(e)
+    stride_kb,
+    stride_kh,
+    stride_kc,
+    stride_vb,
+    stride_vh,
+    stride_vc,
+    scale,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    K_OFFSET: tl.constexpr,  # elements from a page's address to its first key; constants, so that loads are wide
+    K_ROW: tl.constexpr,  # elements from key to key
+    V_OFFSET: tl.constexpr,
+    V_ROW: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,  # G padded to what tl.dot accepts
     D: tl.constexpr,
     DP: tl.constexpr,  # D padded to a power of two
+    E: tl.constexpr,
+    EP: tl.constexpr,
     P: tl.constexpr,
 ):
     """One program per (sequence and KV head, split). Online softmax in base 2, accumulated in float32."""
-    bh = tl.program_id(0).to(tl.int64)  # int64: bh * K * P passes 2**31 for big batches
+    bh = tl.program_id(0).to(tl.int64)  # int64: bh * strides pass 2**31 for big batches
     split = tl.program_id(1)
     n_splits = tl.num_programs(1)
+    b = bh // n_heads
+    h = bh % n_heads
     g = tl.arange(0, GP)
     d = tl.arange(0, DP)
+    e = tl.arange(0, EP)
     t = tl.arange(0, P)
+    element = q_ptr.dtype.element_ty
     q = tl.load(q_ptr + (bh * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
+    sink = tl.load(bounds_ptr + b * 3)
+    start = tl.load(bounds_ptr + b * 3 + 1)
+    n_near = sink + tl.load(bounds_ptr + b * 3 + 2) - start
+    n_blocks = (n_near + P - 1) // P
+    blocks_per_split = (n_blocks + n_near_splits - 1) // n_near_splits
 
     m = tl.full([GP], float("-inf"), tl.float32)
     denominator = tl.zeros([GP], tl.float32)
-    acc = tl.zeros([GP, DP], tl.float32)
-    first = split * pages_per_split
-    last = tl.minimum(n_selected, first + pages_per_split)
-    for i in range(first, last):
-        page = tl.load(table_ptr + bh * n_selected + i).to(tl.int64)
-        count = tl.where(page >= 0, tl.load(counts_ptr + bh * n_selected + i), 0)
-        base = pages_ptr + tl.maximum(page, 0) * (2 * P * D)
-        live = (t < count)[:, None] & (d < D)[None, :]
-        k = tl.load(base + t[:, None] * D + d[None, :], mask=live, other=0.0)  # [P, D]
-        v = tl.load(base + P * D + t[:, None] * D + d[None, :], mask=live, other=0.0)
-        # ieee: float32 pages must not be rounded to tf32 on the tensor cores
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2  # [G, P]
-        s = tl.where((t < count)[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        # An empty prefix keeps m at -inf; shift by 0 there so exp2 never sees inf - inf.
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        rescale = tl.exp2(m - m_safe)
-        denominator = denominator * rescale + tl.sum(p, 1)
-        acc = acc * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        m = m_new
+    acc = tl.zeros([GP, EP], tl.float32)
+    # Every split runs one of the two loops; for the other, its range is empty.
+    first = split * blocks_per_split
+    for i in range(first, tl.minimum(n_blocks, first + blocks_per_split)):
+        index = i * P + t
+        live = index < n_near
+        column = tl.where(index < sink, index, index - sink + start).to(tl.int64)
+        k_ptr = near_k_ptr + b * stride_kb + h * stride_kh + column[:, None] * stride_kc + d[None, :]
+        v_ptr = near_v_ptr + b * stride_vb + h * stride_vh + column[:, None] * stride_vc + e[None, :]
+        k = tl.load(k_ptr, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [P, D]
+        v = tl.load(v_ptr, mask=live[:, None] & (e < E)[None, :], other=0.0)  # [P, E]
+        m, denominator, acc = _fold(q, k, v, live, scale, softcap, m, denominator, acc, HAS_CAP)
+    first = (split - n_near_splits) * pages_per_split
+    for i in range(tl.maximum(first, 0), tl.where(first < 0, 0, tl.minimum(n_places, first + pages_per_split))):
+        word = tl.load(table_ptr + bh * n_places + i)
+        live = ((word >> (t + 48).to(tl.int64)) & 1) != 0
+        page = (word & 0xFFFFFFFFFFFF).to(tl.pointer_type(element))
+        page = tl.multiple_of(page, 16)  # or every element is loaded by itself
+        k_ptr = page + K_OFFSET + t[:, None] * K_ROW + d[None, :]
+        v_ptr = page + V_OFFSET + t[:, None] * V_ROW + e[None, :]
+        k = tl.load(k_ptr, mask=live[:, None] & (d < D)[None, :], other=0.0)
+        v = tl.load(v_ptr, mask=live[:, None] & (e < E)[None, :], other=0.0)
+        m, denominator, acc = _fold(q, k, v, live, scale, softcap, m, denominator, acc, HAS_CAP)
 
     safe = tl.where(denominator == 0.0, 1.0, denominator)
-    out = acc / safe[:, None]
-    lse = tl.where(denominator == 0.0, float("-inf"), (m + tl.log2(safe)) / 1.4426950408889634)  # LOG2E
+    lse = tl.where(denominator == 0.0, float("-inf"), (m + tl.log2(safe)) / 1.4426950408889634)
     row = (bh * n_splits + split) * G + g
-    tl.store(out_ptr + row[:, None] * D + d[None, :], out, mask=(g < G)[:, None] & (d < D)[None, :])
+    tl.store(out_ptr + row[:, None] * E + e[None, :], acc / safe[:, None], mask=(g < G)[:, None] & (e < E)[None, :])
     tl.store(lse_ptr + row, lse, mask=g < G)
+
+
+@torch.library.custom_op("icecache::paged_decode_splits", mutates_args=())
+def _paged_decode_splits(
+    q: torch.Tensor,
+    near_keys: torch.Tensor,
+    near_values: torch.Tensor,
+    bounds: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    softcap: float,
+    page_strides: list[int],
+    near_splits: int,
+    page_splits: int,
+    num_warps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    b, h, g, d = q.shape
+    value_dim, n_places = near_values.shape[3], table.shape[2]
+    splits = near_splits + page_splits
+    out = torch.empty(b, h, splits, g, value_dim, dtype=torch.float32, device=q.device)
+    lse = torch.empty(b, h, splits, g, dtype=torch.float32, device=q.device)
+    k_offset, k_row, v_offset, v_row = page_strides
+    _paged_decode_kernel[(b * h, splits)](
+        q,
+        near_keys,
+        near_values,
+        bounds,
+        table,
+        out,
+        lse,
+        h,
+        n_places,
+        near_splits,
+        triton.cdiv(n_places, max(page_splits, 1)),
+        *near_keys.stride()[:3],
+        *near_values.stride()[:3],
+        scale,
+        softcap,
+        HAS_CAP=softcap > 0.0,
+        K_OFFSET=k_offset,
+        K_ROW=k_row,
+        V_OFFSET=v_offset,
+        V_ROW=v_row,
+        G=g,
+        GP=max(16, triton.next_power_of_2(g)),
+        D=d,
+        DP=max(16, triton.next_power_of_2(d)),
+        E=value_dim,
+        EP=max(16, triton.next_power_of_2(value_dim)),
+        P=PAGE_TOKENS,
+        num_warps=num_warps,
+    )
+    return out, lse
+
+
+@_paged_decode_splits.register_fake
+def _(
+    q: torch.Tensor,
+    near_keys: torch.Tensor,
+    near_values: torch.Tensor,
+    bounds: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    softcap: float,
+    page_strides: list[int],
+    near_splits: int,
+    page_splits: int,
+    num_warps: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    b, h, g, _ = q.shape
+    shape = (b, h, near_splits + page_splits, g)
+    return q.new_empty(*shape, near_values.shape[3], dtype=torch.float32), q.new_empty(*shape, dtype=torch.float32)
 
 
 def paged_decode(
     q: torch.Tensor,
-    pages: torch.Tensor,
+    near_keys: torch.Tensor,
+    near_values: torch.Tensor,
+    bounds: torch.Tensor,
     table: torch.Tensor,
-    counts: torch.Tensor,
     scale: float,
     *,
-    splits: int = 1,
+    softcap: float | None = None,
+    page_strides: tuple[int, int, int, int] | None = None,
+    page_splits: int | None = None,
+    num_warps: int = 2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend to the selected pages; see the module docstring for the formula.
+    """Attend to near tokens and pages; see the module docstring for the formula.
 
     Parameters
     ----------
     q : torch.Tensor
         ``(B, H, G, D)``, contiguous; float32, float16 or bfloat16.
-    pages : torch.Tensor
-        ``(N, 2, 16, D)``, contiguous, same dtype as `q`; on the device of `q` or in pinned host memory.
-    table, counts : torch.Tensor
-        ``(B, H, K)`` int32 on the device of `q`: page of each selected place (-1 = none) and its live tokens.
+    near_keys, near_values : torch.Tensor
+        ``(B, H, C, D)`` and ``(B, H, C, E)``, dtype and device of `q`, last dimension contiguous.
+    bounds : torch.Tensor
+        ``(B, 3)`` int32: columns ``0 .. sink`` and ``start .. stop`` of the near buffers are live.
+    table : torch.Tensor
+        ``(B, H, K)`` int64 words, see the module docstring; K may be 0.
     scale : float
         Factor on the logits, usually ``D ** -0.5``.
-    splits : int, default=1
-        How many programs share the page list of one head; the partial results are merged by log-sum-exp.
+    softcap : float, optional
+        ``softcap * tanh(logit / softcap)``.
+    page_strides : tuple of int, optional
+        Elements from the address of a page to its first key, from key to key, to its first value, and from value to
+        value. Default: 16 keys, then 16 values.
+    page_splits : int, optional
+        Programs that share the table of one head. Default: one a place, at most `MAX_PAGE_SPLITS`.
 
     Returns
     -------
     out : torch.Tensor
-        ``(B, H, G, D)`` in the dtype of `q`.
+        ``(B, H, G, E)`` in the dtype of `q`.
     lse : torch.Tensor
         ``(B, H, G)`` float32, natural logarithm; ``-inf`` where nothing was attended.
 
@@ -114,90 +254,109 @@ def paged_decode(
 
     Notes
     -----
-    Asynchronous: runs on the current stream of the device of `q`.
+    Asynchronous: runs on the current stream of the device of `q`, may be captured in a CUDA graph. The addresses are
+    not checked: whoever fills the table answers for them.
     """
-    b, h, g, d = _check(q, pages, table, counts, splits)
-    n_selected = table.shape[2]
-    out = torch.empty(b, h, splits, g, d, dtype=torch.float32, device=q.device)
-    lse = torch.empty(b, h, splits, g, dtype=torch.float32, device=q.device)
-    _paged_decode_kernel[(b * h, splits)](
-        q,
-        pages,
-        table,
-        counts,
-        out,
-        lse,
-        n_selected,
-        triton.cdiv(n_selected, splits),
-        scale * LOG2E,
-        G=g,
-        GP=max(16, triton.next_power_of_2(g)),
-        D=d,
-        DP=max(16, triton.next_power_of_2(d)),
-        P=pages.shape[2],
+    _check(q, near_keys, near_values, bounds, table)
+    n_places, n_columns = table.shape[2], near_keys.shape[2]
+    splits = min(n_places, MAX_PAGE_SPLITS) if page_splits is None else min(page_splits, n_places)
+    near_splits = max(1, triton.cdiv(n_columns, BLOCKS_PER_NEAR_SPLIT * PAGE_TOKENS))
+    d, value_dim = q.shape[3], near_values.shape[3]
+    strides = page_strides or (0, d, PAGE_TOKENS * d, value_dim)
+    out, lse = _paged_decode_splits(
+        q, near_keys, near_values, bounds, table, scale, softcap or 0.0, list(strides), near_splits, splits, num_warps
     )
-    merged, merged_lse = merge_splits(out, lse)
-    return merged.to(q.dtype), merged_lse
+    return merge_splits(out, lse, q.dtype)
 
 
-def merge_splits(out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge partial results ``(B, H, S, G, D)`` and ``(B, H, S, G)`` over S by log-sum-exp."""
-    merged_lse = torch.logsumexp(lse, dim=2)
-    weight = torch.exp(lse - merged_lse.unsqueeze(2)).nan_to_num(0.0)  # -inf - -inf: no live token in any split
-    return (out * weight.unsqueeze(-1)).sum(2), merged_lse
+def page_words(pages: torch.Tensor, table: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Words that name pages of a tensor.
+
+    Parameters
+    ----------
+    pages : torch.Tensor
+        ``(N, 2, P, D)``, contiguous. Must outlive the use of the words.
+    table, counts : torch.Tensor
+        ``(B, H, K)`` integers: page of each place (-1 = none) and its live tokens, first slots first.
+
+    Returns
+    -------
+    torch.Tensor
+        ``(B, H, K)`` int64 on the device of `table`.
+    """
+    address = pages.data_ptr() + table.long() * (pages[0].numel() * pages.element_size())
+    live = (1 << counts.long()) - 1
+    # The 16th slot lands in the sign bit; shifting an int64 keeps it.
+    return torch.where((table >= 0) & (counts > 0), (live << 48) | address, 0)
 
 
 def paged_decode_ref(
     q: torch.Tensor,
-    pages: torch.Tensor,
-    table: torch.Tensor,
-    counts: torch.Tensor,
+    near: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    paged: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
     *,
+    softcap: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain torch version of `paged_decode`, computed in `dtype`."""
+    """Plain torch version of `paged_decode`, computed in `dtype`.
+
+    Parameters
+    ----------
+    near : tuple of torch.Tensor
+        Keys, values and bounds, as for `paged_decode`.
+    paged : tuple of torch.Tensor
+        ``pages, table, counts``, as for `page_words`.
+    """
+    near_keys, near_values, bounds = near
+    pages, table, counts = paged
     b, h, _g, d = q.shape
-    page_tokens = pages.shape[2]
+    column = torch.arange(near_keys.shape[2], device=q.device)
+    bounds = bounds.to(q.device).long()[:, :, None]
+    near_live = (column < bounds[:, 0]) | ((column >= bounds[:, 1]) & (column < bounds[:, 2]))  # [B, C]
     picked = pages.to(q.device)[table.clamp(min=0).long()].to(dtype)  # [B, H, K, 2, P, D]
     keys, values = (picked[..., half, :, :].reshape(b, h, -1, d) for half in (0, 1))
-    slot = torch.arange(page_tokens, device=q.device)
-    live = (slot < torch.where(table >= 0, counts, 0).unsqueeze(-1)).reshape(b, h, 1, -1)
-    logits = (q.to(dtype) @ keys.transpose(-1, -2) * scale).masked_fill(~live, float("-inf"))  # [B, H, G, K * P]
-    return (torch.softmax(logits, -1).nan_to_num(0.0) @ values), torch.logsumexp(logits, -1)
+    slot = torch.arange(pages.shape[2], device=q.device)
+    page_live = (slot < torch.where(table >= 0, counts, 0).unsqueeze(-1)).reshape(b, h, -1)
+    keys = torch.cat([near_keys.to(dtype), keys], 2)
+    values = torch.cat([near_values.to(dtype), values], 2)
+    live = torch.cat([near_live[:, None].expand(b, h, -1), page_live], 2)[:, :, None]
+    logits = q.to(dtype) @ keys.transpose(-1, -2) * scale  # [B, H, G, C + K * P]
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~live, float("-inf"))
+    values = torch.where(live.transpose(-1, -2), values, 0.0)  # a dead slot may hold anything, and 0 * inf is NaN
+    return torch.softmax(logits, -1).nan_to_num(0.0) @ values, torch.logsumexp(logits, -1)
 
 
 def _check(
-    q: torch.Tensor, pages: torch.Tensor, table: torch.Tensor, counts: torch.Tensor, splits: int
-) -> tuple[int, int, int, int]:
+    q: torch.Tensor, near_keys: torch.Tensor, near_values: torch.Tensor, bounds: torch.Tensor, table: torch.Tensor
+) -> None:
     if q.dim() != 4 or not q.is_contiguous():
         msg = f"q: expected a contiguous (B, H, G, D) tensor, got {tuple(q.shape)}, strides {q.stride()}"
         raise ValueError(msg)
-    b, h, g, d = q.shape
-    if pages.dim() != 4 or pages.shape[1] != 2 or pages.shape[3] != d or not pages.is_contiguous():
-        msg = f"pages: expected a contiguous (N, 2, P, {d}) tensor, got {tuple(pages.shape)}"
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        msg = f"q: expected float32, float16 or bfloat16, got {q.dtype}"
         raise ValueError(msg)
-    if pages.dtype != q.dtype or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        msg = f"q and pages: expected one dtype of float32, float16, bfloat16, got {q.dtype}, {pages.dtype}"
-        raise ValueError(msg)
-    page_tokens = pages.shape[2]
-    if page_tokens < 16 or page_tokens & (page_tokens - 1):
-        msg = f"pages: expected a power of two >= 16 as tokens per page, got {page_tokens}"
-        raise ValueError(msg)
-    if pages.device != q.device and not pages.is_pinned():
-        msg = f"pages: expected on {q.device} or in pinned host memory, got pageable {pages.device} memory"
-        raise ValueError(msg)
-    for name, tensor in (("table", table), ("counts", counts)):
-        if tensor.dim() != 3 or tensor.shape[:2] != (b, h) or tensor.dtype != torch.int32 or not tensor.is_contiguous():
-            msg = f"{name}: expected a contiguous ({b}, {h}, K) int32 tensor, got {tuple(tensor.shape)} {tensor.dtype}"
+    b, h, _, d = q.shape
+    for name, tensor, dim in (("near_keys", near_keys, d), ("near_values", near_values, None)):
+        fits = tensor.dim() == 4 and tensor.shape[:2] == (b, h) and (dim is None or tensor.shape[3] == dim)
+        if not fits or tensor.stride(3) != 1 or tensor.dtype != q.dtype or tensor.device != q.device:
+            msg = (
+                f"{name}: expected ({b}, {h}, C, {'E' if dim is None else dim}) of {q.dtype} on {q.device}, last "
+                f"dimension contiguous, got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            )
             raise ValueError(msg)
+    if near_values.shape[2] != near_keys.shape[2]:
+        msg = f"near_values: expected {near_keys.shape[2]} columns like near_keys, got {near_values.shape[2]}"
+        raise ValueError(msg)
+    if tuple(bounds.shape) != (b, 3) or bounds.dtype != torch.int32 or not bounds.is_contiguous():
+        msg = f"bounds: expected a contiguous ({b}, 3) int32 tensor, got {tuple(bounds.shape)} {bounds.dtype}"
+        raise ValueError(msg)
+    if table.dim() != 3 or table.shape[:2] != (b, h) or table.dtype != torch.int64 or not table.is_contiguous():
+        msg = f"table: expected a contiguous ({b}, {h}, K) int64 tensor, got {tuple(table.shape)} {table.dtype}"
+        raise ValueError(msg)
+    for name, tensor in (("bounds", bounds), ("table", table)):
         if tensor.device != q.device:
             msg = f"{name}: expected on {q.device}, got {tensor.device}"
             raise ValueError(msg)
-    if counts.shape != table.shape:
-        msg = f"counts: expected the shape of table {tuple(table.shape)}, got {tuple(counts.shape)}"
-        raise ValueError(msg)
-    if splits < 1:
-        msg = f"splits: expected >= 1, got {splits}"
-        raise ValueError(msg)
-    return b, h, g, d
