@@ -23,8 +23,11 @@ import triton.language as tl
 from icecache.kernels.merge_splits import merge_splits
 
 PAGE_TOKENS = 16
-BLOCKS_PER_NEAR_SPLIT = 4
-"""Near tokens come from the device's memory, 4 blocks of 16 take less time than one page over the bus."""
+NEAR_BLOCK = 64
+"""Near tokens loaded at a time."""
+MIN_PROGRAMS = 512
+"""A long near part is cut so that there are at least so many programs, about 4 on each processor of a large device; a
+short one (a sink and a window) is one program a head, which ends before the first page has crossed the bus."""
 MAX_PAGE_SPLITS = 64
 """Programs per head over the page table. One page a program hides the latency of the bus best; more partial results
 than this cost more to merge than they hide (benches/python/bench_paged_decode.py)."""
@@ -32,9 +35,9 @@ than this cost more to merge than they hide (benches/python/bench_paged_decode.p
 
 @triton.jit
 def _fold(q, k, v, live, scale, softcap, m, denominator, acc, HAS_CAP: tl.constexpr):
-    """Fold P tokens into a running softmax in base 2: maximum, denominator and numerator."""
+    """Fold some tokens into a running softmax in base 2: maximum, denominator and numerator."""
     # ieee: float32 keys must not be rounded to tf32 on the tensor cores
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [G, P]
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [G, tokens]
     if HAS_CAP:
         s = softcap * (2.0 * tl.sigmoid(2.0 * s / softcap) - 1.0)
     s = tl.where(live[None, :], s * 1.4426950408889634, float("-inf"))  # log2(e)
@@ -81,6 +84,7 @@ def _paged_decode_kernel(
     E: tl.constexpr,
     EP: tl.constexpr,
     P: tl.constexpr,
+    NB: tl.constexpr,  # near tokens loaded at a time
 ):
     """One program per (sequence and KV head, split). Online softmax in base 2, accumulated in float32."""
     bh = tl.program_id(0).to(tl.int64)  # int64: bh * strides pass 2**31 for big batches
@@ -92,12 +96,13 @@ def _paged_decode_kernel(
     d = tl.arange(0, DP)
     e = tl.arange(0, EP)
     t = tl.arange(0, P)
+    n = tl.arange(0, NB)
     element = q_ptr.dtype.element_ty
     q = tl.load(q_ptr + (bh * G + g)[:, None] * D + d[None, :], mask=(g < G)[:, None] & (d < D)[None, :], other=0.0)
     sink = tl.load(bounds_ptr + b * 3)
     start = tl.load(bounds_ptr + b * 3 + 1)
     n_near = sink + tl.load(bounds_ptr + b * 3 + 2) - start
-    n_blocks = (n_near + P - 1) // P
+    n_blocks = (n_near + NB - 1) // NB
     blocks_per_split = (n_blocks + n_near_splits - 1) // n_near_splits
 
     m = tl.full([GP], float("-inf"), tl.float32)
@@ -106,13 +111,13 @@ def _paged_decode_kernel(
     # Every split runs one of the two loops; for the other, its range is empty.
     first = split * blocks_per_split
     for i in range(first, tl.minimum(n_blocks, first + blocks_per_split)):
-        index = i * P + t
+        index = i * NB + n
         live = index < n_near
         column = tl.where(index < sink, index, index - sink + start).to(tl.int64)
         k_ptr = near_k_ptr + b * stride_kb + h * stride_kh + column[:, None] * stride_kc + d[None, :]
         v_ptr = near_v_ptr + b * stride_vb + h * stride_vh + column[:, None] * stride_vc + e[None, :]
-        k = tl.load(k_ptr, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [P, D]
-        v = tl.load(v_ptr, mask=live[:, None] & (e < E)[None, :], other=0.0)  # [P, E]
+        k = tl.load(k_ptr, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [NB, D]
+        v = tl.load(v_ptr, mask=live[:, None] & (e < E)[None, :], other=0.0)  # [NB, E]
         m, denominator, acc = _fold(q, k, v, live, scale, softcap, m, denominator, acc, HAS_CAP)
     first = (split - n_near_splits) * pages_per_split
     for i in range(tl.maximum(first, 0), tl.where(first < 0, 0, tl.minimum(n_places, first + pages_per_split))):
@@ -181,6 +186,7 @@ def _paged_decode_splits(
         E=value_dim,
         EP=max(16, triton.next_power_of_2(value_dim)),
         P=PAGE_TOKENS,
+        NB=NEAR_BLOCK,
         num_warps=num_warps,
     )
     return out, lse
@@ -260,7 +266,8 @@ def paged_decode(
     _check(q, near_keys, near_values, bounds, table)
     n_places, n_columns = table.shape[2], near_keys.shape[2]
     splits = min(n_places, MAX_PAGE_SPLITS) if page_splits is None else min(page_splits, n_places)
-    near_splits = max(1, triton.cdiv(n_columns, BLOCKS_PER_NEAR_SPLIT * PAGE_TOKENS))
+    near_blocks = triton.cdiv(max(n_columns, 1), NEAR_BLOCK)
+    near_splits = 1 if near_blocks <= 4 else min(near_blocks, triton.cdiv(MIN_PROGRAMS, q.shape[0] * q.shape[1]))
     d, value_dim = q.shape[3], near_values.shape[3]
     strides = page_strides or (0, d, PAGE_TOKENS * d, value_dim)
     out, lse = _paged_decode_splits(

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from icecache.attention import decode_attention, stream_attention
+from icecache.attention import DeviceStep, decode_attention, stream_attention
 from icecache.errors import BadTensorError, CacheStateError, UnsupportedModelError
 from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
 from icecache.hf.step import Engine, Sequence, current_step
@@ -71,6 +71,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self.engine, self.sequence, self.layer_idx = engine, sequence, layer_idx
         self.unsupported: str | None = None
         self.may_be_shared = True
+        self.group: int | None = None
+        """Query heads per KV head, once the layer has attended."""
         self._forget()
         engine.register(self)
 
@@ -288,6 +290,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     def attend(self, call: Call) -> torch.Tensor:
         """Attention output (B, Q, n_q_heads, Dv) for the staged tokens, which are committed on the way."""
         self._staged = None
+        self.group = call.query.shape[1] // call.keys.shape[1]
         self._shared_call = self._shared_call or call.shared
         if self._pages is None or (call.shared and call.keys.shape[-2] == self._length):
             out = call.dense()
@@ -298,6 +301,9 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             return out
         mask = chunk_mask(self, call)
         if call.query.shape[2] == 1 and call.keys.shape[2] == 1:
+            step = current_step()
+            if step is not None and step.device is not None:
+                return self._attend_on(step.device, call)
             if not call.shared:
                 self._pages.append(call.keys, call.values, mask.valid)
             return self._decode(self._pages, call, call.query)
@@ -321,6 +327,23 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         return decode_attention(
             self.engine.services, pages, query, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks
         )
+
+    def _attend_on(self, device: DeviceStep, call: Call) -> torch.Tensor:
+        """Attend on static buffers; nothing is committed (see `commit_one`)."""
+        if call.shared:
+            msg = f"layer {self.layer_idx}: it shares the keys of another layer"
+            raise UnsupportedModelError(msg)
+        if call.sinks is not None:
+            msg = f"layer {self.layer_idx}: it has learned sink logits"
+            raise UnsupportedModelError(msg)
+        return device.attend(self.layer_idx, call.query, call.keys, call.values, call.scaling, call.softcap)
+
+    def commit_one(self) -> None:
+        """Count one token per row that a replayed step has put into the near buffer."""
+        assert self._pages is not None
+        self._length += 1
+        self._pages.near.count_one()
+        self._pages.padding.append(1, None)
 
     def _attend_token_by_token(self, pages: LayerPages, call: Call, mask: ChunkMask) -> torch.Tensor:
         """Process a chunk exactly as if its tokens had come one by one."""

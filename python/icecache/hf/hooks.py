@@ -16,6 +16,7 @@ from icecache.config import PAGE_TOKENS
 from icecache.errors import CacheStateError, PoolExhaustedError, UnsupportedModelError
 from icecache.hf.attention import IMPLEMENTATION, forget_own, remember_own
 from icecache.hf.cache import RetrievalLayer
+from icecache.hf.graph import GraphDecoder
 from icecache.hf.step import Engine, Sequence, Step, current_step, set_current_step
 from icecache.hf.support import layer_plan, set_implementation, text_config_of
 
@@ -63,13 +64,21 @@ class ModelHooks:
             set_implementation(model, self._own)
             forget_own(self.text_config)
             raise
+        self.decoder: GraphDecoder | None = None
         self._handles = [
             model.register_forward_pre_hook(self._open, with_kwargs=True),
             model.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         ]
 
+    def decode_with(self, decoder: GraphDecoder) -> None:
+        """Let `decoder` serve the decode steps it can serve."""
+        decoder.install(self._names)
+        self.decoder = decoder
+
     def remove(self) -> None:
         """Give the model back exactly as it was."""
+        if self.decoder is not None:
+            self.decoder.remove()
         for handle in self._handles:
             handle.remove()
         set_implementation(self.model, self._own)
@@ -118,6 +127,8 @@ class ModelHooks:
     def _open(self, _module: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Pre-hook: everything that can fail before the step changes anything fails here."""
         set_current_step(None)
+        if self.decoder is not None:
+            self.decoder.settle()
         names = frozenset(kwargs) | frozenset(self._names[: len(args)])
         step = Step(self.engine, names, sys._getframe(1))
         cache = self._argument("past_key_values", args, kwargs)

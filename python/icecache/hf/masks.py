@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from icecache.errors import CacheStateError, UnsupportedModelError
-from icecache.hf.step import current_step
+from icecache.hf.step import Step, current_step
 
 if TYPE_CHECKING:
     from icecache.hf.cache import Call, RetrievalLayer
@@ -99,7 +99,8 @@ def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
     mask, device = call.mask, call.query.device
     n_queries, n_keys = call.query.shape[2], call.keys.shape[2]
     if n_keys == 1 and (mask is None or mask.dim() == 2):
-        return _ONE_TOKEN if mask is None else _one_token(layer, mask)
+        valid = None if mask is None else new_tokens(_step(), layer, mask)
+        return _ONE_TOKEN if valid is None else ChunkMask(_SEEN, valid, causal=True)
     if mask is not None and mask.dim() == 2:
         _check_past(layer, mask, layer.get_seq_length() - n_keys)
     causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)[None]
@@ -125,23 +126,39 @@ def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
     return ChunkMask(own, None if bool(valid.all()) else valid, causal=plain)
 
 
-def _one_token(layer: RetrievalLayer, mask: torch.Tensor) -> ChunkMask:
-    """Mask of a decode step with a 2D mask: the newest position of a row can be padding (a shorter second turn).
-
-    Of the past only the number of tokens is compared with what is stored: O(rows) to copy, whatever the length.
-    """
-    step, pages = current_step(), layer.pages
+def _step() -> Step:
+    step = current_step()
     assert step is not None
+    return step
+
+
+def new_tokens(step: Step, layer: RetrievalLayer, mask: torch.Tensor) -> torch.Tensor | None:
+    """Say which new positions of a decode step are tokens: bool (B, 1) on the CPU, None: all.
+
+    The newest position of a row can be padding (a shorter second turn). Of the past only the number of tokens is
+    compared with what is stored: O(rows) to copy, whatever the length.
+
+    Parameters
+    ----------
+    mask : torch.Tensor
+        (B, positions), the new one included.
+
+    Raises
+    ------
+    CacheStateError
+        If the mask contradicts earlier ones.
+    """
+    pages = layer.pages
     assert pages is not None
     if not step.past_checked:
         step.past_checked = True
         mask = mask.bool()
         past, new = torch.stack([mask[:, :-1].sum(1), mask[:, -1].long()]).tolist()  # sync: once per step, if padded
         known = [pages.length(b) for b in range(pages.n_rows)]
-        if mask.shape[1] != layer.get_seq_length() or past != known:
-            raise _contradiction(mask, layer.get_seq_length() - 1)
+        if mask.shape[1] != pages.padding.n_positions + 1 or past != known:
+            raise _contradiction(mask, pages.padding.n_positions)
         step.new_valid = None if all(new) else torch.tensor(new, dtype=torch.bool)[:, None]
-    return _ONE_TOKEN if step.new_valid is None else ChunkMask(_SEEN, step.new_valid, causal=True)
+    return step.new_valid
 
 
 def _check_past(layer: RetrievalLayer, mask: torch.Tensor, n_past: int) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from icecache.attention import DeviceStep
 from icecache.config import IceConfig
 from icecache.errors import CacheStateError
 from icecache.pages import Layout
@@ -71,6 +72,9 @@ class Step:
 
     past_checked: bool = False
     """Whether the mask of this step was compared with those of earlier steps."""
+
+    device: DeviceStep | None = None
+    """Static buffers that the layers attend on instead of their own, while a graph is rehearsed or captured."""
 
     new_valid: torch.Tensor | None = None
     """In a decode step: bool (n_rows, 1) on the CPU, which new positions are tokens; None: all."""

@@ -58,6 +58,9 @@ class NearBuffer:
         longest = max(row.window_keys.shape[1] for row in rows)
         self.stop = sink_tokens + longest
         self.starts = [self.stop - row.window_keys.shape[1] for row in rows]
+        self.fixed = False
+        """Whether the memory belongs to a decode step that was captured with its address: never reallocated to save
+        space, and gaps are closed only when there is no column left."""
         self.keys = self._filled([(row.sink_keys, row.window_keys) for row in rows])
         self.values = self._filled([(row.sink_values, row.window_values) for row in rows])
         self._mask: torch.Tensor | None = None
@@ -104,10 +107,43 @@ class NearBuffer:
         assert self.can_append(), "a sink is not full: rebuild the row with NearRow.extended"
         n_new = keys.shape[2]
         if self.stop + n_new > self.keys.shape[2]:
-            self.keys, self.values = (self._resized(t, self.stop + n_new) for t in (self.keys, self.values))
+            self.own(self.stop + n_new)
         self.keys[:, :, self.stop : self.stop + n_new] = keys
         self.values[:, :, self.stop : self.stop + n_new] = values
         self.stop += n_new
+        self._mask = None
+
+    def own(self, n_columns: int) -> None:
+        """Move to new memory with room for `n_columns` columns and some more."""
+        self.keys, self.values = (self._resized(t, n_columns) for t in (self.keys, self.values))
+        self.fixed = False
+
+    def move_to(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Move to the given memory ``[B, H, C, D]`` and ``[B, H, C, Dv]``, which is never reallocated from then on.
+
+        Raises
+        ------
+        ValueError
+            If the live columns do not fit.
+        """
+        self._close_gap()
+        if self.stop > keys.shape[2]:
+            msg = f"keys: expected room for {self.stop} columns, got {keys.shape[2]}"
+            raise ValueError(msg)
+        for source, target in ((self.keys, keys), (self.values, values)):
+            target[:, :, : self.stop] = source[:, :, : self.stop]
+            target[:, :, self.stop :] = 0  # masked columns are multiplied by a zero weight, and 0 * NaN is NaN
+        self.keys, self.values, self.fixed = keys, values, True
+
+    def reserve_one(self) -> None:
+        """Make sure that one more column can be written without another allocation; demands `can_append`."""
+        if self.stop == self.keys.shape[2]:
+            self._close_gap()
+        assert self.stop < self.keys.shape[2], "the window is longer than a decode step allows"
+
+    def count_one(self) -> None:
+        """Count a column that somebody else wrote at `stop`."""
+        self.stop += 1
         self._mask = None
 
     def _resized(self, tensor: torch.Tensor, n_columns: int) -> torch.Tensor:
@@ -117,19 +153,27 @@ class NearBuffer:
         return grown
 
     def drop_oldest(self, counts: Sequence[int]) -> None:
-        """Forget the `counts[b]` oldest window tokens of each row, and close the gap that all rows share."""
+        """Forget the `counts[b]` oldest window tokens of each row."""
         self.starts = [start + n for start, n in zip(self.starts, counts, strict=True)]
-        gap = min(self.starts) - self.sink_tokens
-        if gap > 0:
-            pair = self.keys, self.values
-            # Clones: source and target overlap. Both before the first write: there may be memory for only one.
-            live = [tensor[:, :, self.sink_tokens + gap : self.stop].clone() for tensor in pair]
-            for tensor, columns in zip(pair, live, strict=True):
-                tensor[:, :, self.sink_tokens : self.stop - gap] = columns
-            self.starts = [start - gap for start in self.starts]
-            self.stop -= gap
+        self._mask = None
+        if self.fixed:
+            return
+        self._close_gap()
         if self.keys.shape[2] > 2 * (self.stop + _SLACK_COLUMNS):  # a long chunk has left: give its memory back
-            self.keys, self.values = (self._resized(t, self.stop) for t in (self.keys, self.values))
+            self.own(self.stop)
+
+    def _close_gap(self) -> None:
+        """Move the windows to the left by as many columns as all rows have free before them."""
+        gap = min(self.starts) - self.sink_tokens
+        if gap <= 0:
+            return
+        pair = self.keys, self.values
+        # Clones: source and target overlap. Both before the first write: there may be memory for only one.
+        live = [tensor[:, :, self.sink_tokens + gap : self.stop].clone() for tensor in pair]
+        for tensor, columns in zip(pair, live, strict=True):
+            tensor[:, :, self.sink_tokens : self.stop - gap] = columns
+        self.starts = [start - gap for start in self.starts]
+        self.stop -= gap
         self._mask = None
 
     def truncate(self, n_tokens: int) -> None:
@@ -142,7 +186,7 @@ class NearBuffer:
         """Copy of the given rows, in this order; repeats are allowed."""
         new = object.__new__(NearBuffer)
         index = torch.tensor(rows, dtype=torch.long, device=self.keys.device)
-        new.sink_tokens, new.stop, new._mask = self.sink_tokens, self.stop, None
+        new.sink_tokens, new.stop, new.fixed, new._mask = self.sink_tokens, self.stop, False, None
         new.sinks, new.starts = [self.sinks[b] for b in rows], [self.starts[b] for b in rows]
         new.keys, new.values = (_rows_of(tensor, index) for tensor in (self.keys, self.values))
         return new

@@ -52,6 +52,15 @@ def test_splitting_the_page_list_changes_nothing(splits):
     _assert_accurate(_run(case, 0.125, page_splits=splits), case, 0.125)
 
 
+def test_a_long_near_part_is_split_and_merged():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, n, 64, generator=generator).to(DEVICE) for n in (4, 700, 700))
+    bounds = torch.tensor([[5, 6, 699], [0, 600, 601]], dtype=torch.int32).to(DEVICE)
+    pages, table = torch.zeros(1, 2, 16, 64, device=DEVICE), torch.zeros(2, 2, 0, dtype=torch.int64, device=DEVICE)
+    case = q, (k, v, bounds), (pages, table, table)
+    _assert_accurate(_run(case, 0.125), case, 0.125)
+
+
 def test_a_soft_cap_is_applied_to_the_scaled_logits():
     case = _case()
     _assert_accurate(_run(case, 0.5, softcap=3.0), case, 0.5, softcap=3.0)

@@ -1,0 +1,166 @@
+"""A decode step that stays on the device: static buffers and the attention over them, ready for a CUDA graph.
+
+Dimension key: L layers, B rows, H KV heads, G query heads per KV head, C columns, K pages a head, D head dim.
+
+The host only writes `state` before a step and reads the answer's flag after it. Whatever changes from step to step is
+read from memory: the ticket and the columns from `state`, the pages from the mailbox, the token from its input.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from icecache.pages.near import NearBuffer
+
+SLACK_COLUMNS = 96
+"""Columns beyond what the near tokens need: gaps in the window are closed once in as many steps."""
+
+
+class Mailbox(Protocol):
+    """Host memory through which the device asks for pages; see ``kernels/mailbox.py`` for the protocol."""
+
+    queries: torch.Tensor
+    """``(L, R, H, G, D)``, R >= B."""
+    request: torch.Tensor
+    """``(L,)`` int32."""
+    answered: torch.Tensor
+    """``(L,)`` int32."""
+    table: torch.Tensor
+    """``(L, R, H, K)`` int64 page words."""
+    timeout: torch.Tensor
+    """``(L,)`` int32."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What a step is built for."""
+
+    n_layers: int
+    n_rows: int
+    n_kv_heads: int
+    group: int
+    key_dim: int
+    value_dim: int
+    n_pages: int
+    """Places of the page table, per head."""
+    near_tokens: int
+    """Most near tokens, the newest included."""
+    dtype: torch.dtype
+    device: torch.device
+
+
+class DeviceStep:
+    """Buffers and attention of one decode step for one batch size.
+
+    Parameters
+    ----------
+    shape : StepShape
+    mailbox : Mailbox or None
+        None: nobody is asked, `table` holds the pages to read.
+    """
+
+    def __init__(self, shape: StepShape, mailbox: Mailbox | None) -> None:
+        self.shape, self.mailbox = shape, mailbox
+        lead = (shape.n_layers, shape.n_rows, shape.n_kv_heads)
+        columns = shape.near_tokens + SLACK_COLUMNS
+        pinned = shape.device.type == "cuda"
+        make = {"dtype": shape.dtype, "device": shape.device}
+        # Not in inference mode: in-place writes from outside of it would be refused.
+        with torch.inference_mode(mode=False):
+            self.near_keys = torch.zeros(*lead, columns, shape.key_dim, **make)
+            self.near_values = torch.zeros(*lead, columns, shape.value_dim, **make)
+            self.table = torch.zeros(*lead, shape.n_pages, dtype=torch.int64, device=shape.device)
+            self.state = torch.zeros(1 + 3 * shape.n_rows, dtype=torch.int32, device=shape.device)
+            self._host_state = torch.zeros_like(self.state, device="cpu", pin_memory=pinned)
+        self.ticket, self.bounds = self.state[:1], self.state[1:].view(shape.n_rows, 3)
+        self._held: list[weakref.ref[NearBuffer] | None] = [None] * shape.n_layers
+        self.scaling: list[float | None] = [None] * shape.n_layers
+        """Factor of the logits of each layer, known once it has attended."""
+        self.softcap: list[float | None] = [None] * shape.n_layers
+
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(t.nbytes for t in (self.near_keys, self.near_values, self.table, self.state))
+
+    def hold(self, near: Sequence[NearBuffer]) -> None:
+        """Move the near tokens of every layer into the static buffers; those that are there already stay.
+
+        Whoever was there before gets memory of its own.
+        """
+        for layer, buffer in enumerate(near):
+            if self.holds(layer, buffer):
+                continue
+            before = self._held[layer]
+            held = None if before is None else before()
+            if held is not None and self.holds(layer, held):
+                held.own(held.stop)
+            buffer.move_to(self.near_keys[layer], self.near_values[layer])
+            self._held[layer] = weakref.ref(buffer)
+
+    def release(self) -> None:
+        """Give every near buffer that lives here memory of its own."""
+        for layer, before in enumerate(self._held):
+            held = None if before is None else before()
+            if held is not None and self.holds(layer, held):
+                held.own(held.stop)
+        self._held = [None] * self.shape.n_layers
+
+    def holds(self, layer: int, near: NearBuffer) -> bool:
+        """Whether `near` lives in the buffers of `layer`."""
+        return near.keys.data_ptr() == self.near_keys[layer].data_ptr()
+
+    def write_state(self, ticket: int, near: NearBuffer) -> None:
+        """Say which step this is and which columns are live, the newest token's included.
+
+        Asynchronous on the current stream; the step before must be over, because its copy may still be under way.
+        """
+        values = [ticket]
+        for sink, start in zip(near.sinks, near.starts, strict=True):
+            values += (sink, start, near.stop + 1)
+        self._host_state.copy_(torch.tensor(values, dtype=torch.int64).to(torch.int32))
+        self.state.copy_(self._host_state, non_blocking=True)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Put the newest token into the window and attend with its query.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            (B, H * G, 1, D), post-RoPE.
+        keys, values : torch.Tensor
+            (B, H, 1, D) and (B, H, 1, Dv).
+
+        Returns
+        -------
+        torch.Tensor
+            (B, 1, H * G, Dv) in the query's dtype. Asynchronous.
+        """
+        from icecache.kernels.mailbox import mailbox_post, mailbox_wait  # triton: only where there is a device
+        from icecache.kernels.paged_decode import paged_decode
+        from icecache.kernels.window_append import window_append
+
+        shape, box = self.shape, self.mailbox
+        self.scaling[layer], self.softcap[layer] = scaling, softcap
+        grouped = query.reshape(shape.n_rows, shape.n_kv_heads, shape.group, shape.key_dim).contiguous()
+        near_keys, near_values, table = self.near_keys[layer], self.near_values[layer], self.table[layer]
+        if box is not None:  # first of all: what follows runs while the host searches
+            mailbox_post(grouped, box.queries[layer, : shape.n_rows], box.request[layer : layer + 1], self.ticket)
+        window_append(keys, values, near_keys, near_values, self.bounds)
+        if box is not None:
+            answered, timeout = box.answered[layer : layer + 1], box.timeout[layer : layer + 1]
+            mailbox_wait(answered, box.table[layer, : shape.n_rows], timeout, self.ticket, table)
+        out, _ = paged_decode(grouped, near_keys, near_values, self.bounds, table, scaling, softcap=softcap)
+        return out.reshape(shape.n_rows, 1, -1, shape.value_dim)

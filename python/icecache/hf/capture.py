@@ -1,0 +1,142 @@
+"""Capture one decode step of a model as a CUDA graph.
+
+First a *rehearsal* on the static buffers, with a mailbox that is answered beforehand: every kernel is loaded and every
+workspace allocated before anything has to wait for the host, because loading a module may wait for running kernels.
+Then the same forward is captured. Both write only what each replay writes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from icecache.attention import DeviceStep
+from icecache.errors import UnsupportedModelError
+from icecache.hf.request import STATIC, NotCapturableError, Request
+from icecache.hf.step import Step
+
+REHEARSAL_TICKET = 0
+"""No step has this ticket."""
+
+Forward = Callable[..., object]
+
+
+@dataclass(eq=False, slots=True)
+class Captured:
+    """A step that can be run again and again.
+
+    Parameters
+    ----------
+    inputs : dict
+        Static tensors to write before each run.
+    kind : type
+        Of the model's output.
+    fields : dict
+        Content of that output; its tensors are written by each run.
+    run : callable
+        Enqueue the step on the current stream, for the forward in progress and its request.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    kind: type[ModelOutput]
+    fields: dict[str, object]
+    run: Callable[[Step, Request], None]
+
+    def output(self, request: Request) -> ModelOutput:
+        """Copy of the output for the caller; the next run would overwrite the original."""
+        fields = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in self.fields.items()}
+        return self.kind(**fields, past_key_values=request.cache)
+
+
+def capture(forward: Forward, now: Step, step: DeviceStep, request: Request, *, graph: bool) -> Captured:
+    """Make a runnable step out of one call of `forward`.
+
+    Parameters
+    ----------
+    forward : callable
+        The model's own forward.
+    now : Step
+        The forward that is in progress.
+    graph : bool
+        False: each run calls `forward` again, without a graph.
+
+    Raises
+    ------
+    NotCapturableError
+        If the model waits for the device, makes tensors whose shapes grow, or has layers that cannot attend on static
+        buffers. The cache is as it was.
+    """
+    inputs = _static_inputs(request)
+    try:
+        _answer_beforehand(step)
+        step.write_state(REHEARSAL_TICKET, request.pages[0].near)
+        if graph:
+            return _graph(forward, now, step, request, inputs)
+        kind, fields = _parts(_call(forward, now, step, request, inputs))
+    except (UnsupportedModelError, RuntimeError) as error:
+        msg = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise NotCapturableError(msg) from error
+
+    def run(now: Step, request: Request) -> None:
+        captured.fields = _parts(_call(forward, now, step, request, inputs))[1]
+
+    captured = Captured(inputs, kind, fields, run)
+    return captured
+
+
+def _graph(
+    forward: Forward, now: Step, step: DeviceStep, request: Request, inputs: dict[str, torch.Tensor]
+) -> Captured:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # workspaces of some libraries are allocated at the second call only
+            _call(forward, now, step, request, inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: a thread that pages in a prompt may allocate meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        output = _call(forward, now, step, request, inputs)
+    kind, fields = _parts(output)
+    return Captured(inputs, kind, fields, lambda _now, _request: graph.replay())
+
+
+def _call(
+    forward: Forward, now: Step, step: DeviceStep, request: Request, inputs: dict[str, torch.Tensor]
+) -> object:
+    """Run the forward on static buffers; the cache is as before afterwards."""
+    length = request.length
+    now.device = step
+    try:
+        return forward(**inputs, past_key_values=request.cache, **dict(request.options))
+    finally:
+        now.device = None
+        for layer in request.layers:
+            layer.roll_back(length)
+
+
+def _parts(output: object) -> tuple[type[ModelOutput], dict[str, object]]:
+    if not isinstance(output, ModelOutput):
+        msg = f"the model returns a {type(output).__name__}, not a ModelOutput"
+        raise UnsupportedModelError(msg)
+    # Without the cache: the graph must not keep it alive.
+    return type(output), {name: x for name, x in output.items() if name != "past_key_values"}
+
+
+def _static_inputs(request: Request) -> dict[str, torch.Tensor]:
+    """Copies of the inputs; positions are always among them, or they would be constants of the graph."""
+    ids = request.inputs["input_ids"]
+    inputs = {name: x.clone() for name, x in request.inputs.items()}
+    if "position_ids" not in inputs:
+        inputs["position_ids"] = torch.full_like(ids, request.length, dtype=torch.long)
+    return {name: inputs[name] for name in STATIC if name in inputs}
+
+
+def _answer_beforehand(step: DeviceStep) -> None:
+    """Let the waits of the rehearsal end at once, without pages."""
+    if step.mailbox is not None:
+        step.mailbox.answered.fill_(REHEARSAL_TICKET)
+        step.mailbox.table.zero_()

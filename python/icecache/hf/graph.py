@@ -1,0 +1,182 @@
+"""Decode steps that run as one CUDA graph around the unmodified model.
+
+`model.forward` is overridden on the instance, the one thing hooks cannot do: skip a forward. The override replays a
+captured graph where it can serve the call, and calls the model's own forward everywhere else. Everything around it
+(generate, processors, streamers, the opening and closing hooks) does not notice.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from icecache.attention import DeviceStep, Mailbox, StepShape
+from icecache.config import PAGE_TOKENS
+from icecache.hf.capture import Captured, capture
+from icecache.hf.request import NotCapturableError, Request, read_request
+from icecache.hf.step import Engine, Step, current_step
+from icecache.pages import LayerPages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Search(Protocol):
+    """Who chooses the pages of a step: the host's workers, or a fixed choice in benchmarks."""
+
+    def mailbox(self, shape: StepShape) -> Mailbox | None:
+        """Make a mailbox for steps of this shape; None: the table is filled by somebody else."""
+        ...
+
+    def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:
+        """Start to answer for these pages; returns the ticket of the step."""
+        ...
+
+    def end(self, step: DeviceStep) -> None:
+        """Stop answering, and raise what went wrong. The device is done with the step."""
+        ...
+
+
+class GraphDecoder:
+    """Serves the decode steps of one wrapped model.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    engine : Engine
+        Shared with the layers of every cache.
+    search : Search
+    graph : bool, default=True
+        False: run the same steps without a graph, on any device (tests).
+    """
+
+    def __init__(self, model: PreTrainedModel, engine: Engine, search: Search, *, graph: bool = True) -> None:
+        self.model, self.engine, self.search, self.graph = model, engine, search, graph
+        self._names: list[str] = []
+        self._own = model.forward
+        self._steps: dict[StepShape, DeviceStep] = {}
+        self._captured: dict[tuple[StepShape, object], Captured] = {}
+        self._running: DeviceStep | None = None
+        self._done: torch.cuda.Event | None = None
+        self.refused: str | None = None
+        """Why the steps of this model are not captured; None: nothing is known against it."""
+
+    def install(self, names: list[str]) -> None:
+        """Override ``model.forward``; `names` are its positional parameters."""
+        self._names, self._own = names, self.model.forward
+
+        @functools.wraps(self._own)
+        def forward(*args: object, **kwargs: object) -> object:
+            step = current_step()
+            request = self._request(step, {**dict(zip(names, args, strict=False)), **kwargs})
+            output = None if step is None or request is None else self._decode(step, request)
+            return self._own(*args, **kwargs) if output is None else output
+
+        self.model.forward = forward
+
+    def remove(self) -> None:
+        """Take the override away and free the buffers; never raises for a step that failed."""
+        self.model.__dict__.pop("forward", None)
+        try:
+            self.settle()
+        except Exception as error:
+            warnings.warn(f"the last decode step had failed: {error}", stacklevel=3)
+        for step in self._steps.values():
+            step.release()
+        self._captured.clear()
+        self._steps.clear()
+
+    def settle(self) -> None:
+        """Wait for the step in flight and report what went wrong in it.
+
+        Raises
+        ------
+        EngineError
+            If the search failed or came too late; the step used the pages of the step before.
+        """
+        step, self._running = self._running, None
+        if step is None:
+            return
+        if self._done is not None:
+            self._done.synchronize()  # sync: the step before must be over; generate has waited for it already
+        self.search.end(step)
+
+    def device_bytes(self) -> int:
+        """Bytes of tables and of near buffers, whether a sequence lives in them or not."""
+        return sum(step.nbytes() for step in self._steps.values())
+
+    def _request(self, step: Step | None, arguments: dict[str, object]) -> Request | None:
+        if self.refused is not None or step is None or step.engine is not self.engine or not step.paged:
+            return None
+        if self.engine.services.trace is not None:  # only the eager step knows what it read
+            return None
+        try:
+            request = read_request(step, arguments)
+        except NotCapturableError as error:
+            self._refuse(error)
+            return None
+        if request is not None and self.graph and not all(x.is_cuda for x in request.inputs.values()):
+            return None
+        return request
+
+    def _refuse(self, error: NotCapturableError) -> None:
+        self.refused = str(error)
+        msg = f"decode steps are not captured in a CUDA graph and run op by op, which is slower: {error}"
+        warnings.warn(msg, stacklevel=6)
+
+    def _decode(self, now: Step, request: Request) -> object | None:
+        """Run one step; None: it could not be captured, and nothing has changed."""
+        step = self._step_of(request)
+        step.hold([pages.near for pages in request.pages])
+        for pages in request.pages:
+            pages.near.reserve_one()
+        key = step.shape, request.kind
+        captured = self._captured.get(key)
+        if captured is None:
+            try:
+                captured = capture(self._own, now, step, request, graph=self.graph)
+            except NotCapturableError as error:
+                self._refuse(error)
+                return None
+            self._captured[key] = captured
+        for name, static in captured.inputs.items():
+            given = request.inputs.get(name)
+            if given is None:
+                static.fill_(request.length)
+            else:
+                static.copy_(given)
+        ticket = self.search.begin(step, request.pages, self.engine.services.n_pages)
+        self._running = step
+        step.write_state(ticket, request.pages[0].near)
+        captured.run(now, request)
+        if self.graph:
+            self._done = torch.cuda.Event()
+            self._done.record()
+        for layer in request.layers:
+            layer.commit_one()
+        now.n_attention_calls += len(request.layers)
+        return captured.output(request)
+
+    def _step_of(self, request: Request) -> DeviceStep:
+        near, layout = request.pages[0].near, self.engine.layout
+        shape = StepShape(
+            n_layers=len(request.pages),
+            n_rows=near.n_rows,
+            n_kv_heads=near.keys.shape[1],
+            group=request.group,
+            key_dim=near.keys.shape[3],
+            value_dim=near.values.shape[3],
+            # A row that fits the budget is read whole, and pages of the tail are half full at worst.
+            n_pages=2 * self.engine.services.n_pages + 2,
+            near_tokens=layout.sink_tokens + layout.window_tokens + PAGE_TOKENS + 1,
+            dtype=near.keys.dtype,
+            device=near.keys.device,
+        )
+        step = self._steps.get(shape)
+        if step is None:
+            step = self._steps[shape] = DeviceStep(shape, self.search.mailbox(shape))
+        return step

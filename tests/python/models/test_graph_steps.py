@@ -1,0 +1,256 @@
+"""Decode steps on static buffers, with a thread that answers the mailbox from the real index.
+
+On a CPU the kernels run in Triton's interpreter and nothing is captured; on a GPU each step is a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from icecache import IceRuntime, _core
+from icecache.hf.graph import GraphDecoder
+from icecache.pages import as_bytes
+from tiny import build, left_padded, prompt
+
+GPU = torch.cuda.is_available()
+N_NEW = 12 if GPU else 4  # the interpreter takes about a second a step
+DEVICE = "cuda" if GPU else "cpu"
+
+
+class ThreadSearch:
+    """The host side in Python: the index of the runtime, pages copied where the device can read them."""
+
+    def __init__(self, runtime):
+        self.services = runtime._services
+        self.ticket, self.steps, self.answers, self.broken = 0, 0, True, None
+        self.kept, self.thread = [], None
+
+    def mailbox(self, shape):
+        def host(*size, dtype=torch.int32):
+            return torch.zeros(size, dtype=dtype, pin_memory=GPU)
+
+        lead = (shape.n_layers, shape.n_rows, shape.n_kv_heads)
+        return SimpleNamespace(
+            queries=host(*lead, shape.group, shape.key_dim, dtype=shape.dtype),
+            table=host(*lead, shape.n_pages, dtype=torch.int64),
+            request=host(shape.n_layers),
+            answered=host(shape.n_layers),
+            timeout=host(shape.n_layers),
+        )
+
+    def begin(self, step, pages, n_pages):
+        self.ticket, self.steps, self.kept = self.ticket + 1, self.steps + 1, []
+        arguments = (step, [list(p.forests) for p in pages], n_pages, self.ticket)
+        self.thread = threading.Thread(target=self._work, args=arguments)
+        self.thread.start()
+        return self.ticket
+
+    def end(self, step):
+        self.thread.join()
+        if self.broken is not None:
+            raise self.broken
+        if (step.mailbox.timeout == self.ticket).any():
+            raise RuntimeError("late")
+
+    def _work(self, step, forests, n_pages, ticket):
+        try:
+            for layer in range(step.shape.n_layers):
+                deadline = time.monotonic() + 60
+                while step.mailbox.request[layer].item() != ticket and self.answers:
+                    assert time.monotonic() < deadline, "no request came"
+                    time.sleep(0)
+                if self.answers:
+                    self._answer(step, layer, forests[layer], n_pages)
+                    step.mailbox.answered[layer] = ticket
+        except Exception as error:
+            self.broken = error
+
+    def _answer(self, step, layer, forests, n_pages):
+        shape, box = step.shape, step.mailbox
+        if max(len(f) for f in forests) <= 16 * n_pages:
+            selection = _core.all_pages(forests)
+        else:
+            queries = box.queries[layer].float().numpy()
+            scaling = step.scaling[layer]
+            candidates = max(112, 24 * n_pages)
+            selection = _core.search(
+                self.services.pool, forests, queries, n_pages, scaling=scaling, candidates=candidates
+            )
+        counts = torch.from_numpy(np.asarray(selection.counts)).long()
+        width = counts.shape[2]
+        lead = (shape.n_rows, shape.n_kv_heads, width)
+        pages = torch.zeros(*lead, 16, shape.key_dim + shape.value_dim, dtype=shape.dtype)
+        keys = torch.zeros(*lead, 16, shape.key_dim, dtype=shape.dtype)
+        values = torch.zeros(*lead, 16, shape.value_dim, dtype=shape.dtype)
+        selection.gather(self.services.pool, 0, width, as_bytes(keys), as_bytes(values))
+        pages = torch.stack([keys, values], 3)  # [B, H, K, 2, 16, D]
+        pages = pages.pin_memory() if GPU else pages
+        self.kept.append(pages)
+        index = torch.arange(counts.numel()).view(counts.shape)
+        address = pages.data_ptr() + index * pages[0, 0, 0].numel() * pages.element_size()
+        box.table[layer] = 0
+        box.table[layer, :, :, :width] = torch.where(counts > 0, (((1 << counts) - 1) << 48) | address, 0)
+
+
+def with_device_steps(runtime):
+    """Let a runtime decode on static buffers; returns the decoder and its search."""
+    search = ThreadSearch(runtime)
+    decoder = GraphDecoder(runtime.model, runtime._engine, search, graph=GPU)
+    runtime._hooks.decode_with(decoder)
+    return decoder, search
+
+
+def generate(model, inputs, n_new=N_NEW, **options):
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
+    out = model.generate(**inputs, max_new_tokens=n_new, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+def both_ways(family, inputs, *, dense_below=0, **settings):
+    """Tokens and logits of eager steps and of device steps of the same runtime settings."""
+    use = settings.pop("use", generate)
+    model, results = build(family).to(DEVICE), []
+    for device_steps in (False, True):
+        with IceRuntime.wrap(model, dense_below=dense_below, threads=1, **settings) as runtime:
+            search = with_device_steps(runtime)[1] if device_steps else None
+            results.append(use(model, inputs))
+    assert search.steps > 0
+    return results, search
+
+
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.gpu) for f in ("qwen3", "phi3"))])
+def test_device_steps_give_the_logits_of_eager_steps_under_a_small_budget(family):
+    (eager, ours), search = both_ways(family, {"input_ids": prompt(1, 150)}, budget=80)
+    assert search.steps == N_NEW - 1
+    assert torch.equal(eager[0], ours[0])
+    assert (eager[1] - ours[1]).abs().max() <= 1e-4 * eager[1].abs().max()
+
+
+@pytest.mark.gpu
+def test_tokens_that_leave_the_window_are_found_in_pages():
+    """30 steps: two batches of 16 tokens are inserted on the way."""
+    use = lambda model, inputs: generate(model, inputs, n_new=36)  # noqa: E731
+    (eager, ours), _ = both_ways("llama", {"input_ids": prompt(1, 120)}, budget=64, use=use)
+    assert torch.equal(eager[0], ours[0])
+
+
+def test_a_ragged_batch_is_one_step():
+    (eager, ours), search = both_ways("llama", left_padded([150, 70, 101]), budget=64)
+    assert search.steps > 0
+    assert torch.equal(eager[0], ours[0])
+
+
+@pytest.mark.gpu
+def test_a_covering_budget_equals_dense_attention():
+    inputs = {"input_ids": prompt(2, 90)}
+    model = build("llama").to(DEVICE)
+    dense = generate(model, inputs)
+    (_, ours), _ = both_ways("llama", inputs, budget=48 + 160)
+    assert torch.equal(dense[0], ours[0])
+    assert (dense[1] - ours[1]).abs().max() <= 1e-4 * dense[1].abs().max()
+
+
+@pytest.mark.gpu
+def test_sampling_draws_what_eager_steps_draw():
+    def use(model, inputs):
+        torch.manual_seed(3)
+        return generate(model, inputs, do_sample=True, temperature=0.8, top_p=0.9)
+
+    (eager, ours), _ = both_ways("llama", {"input_ids": prompt(2, 100)}, budget=64, use=use)
+    assert torch.equal(eager[0], ours[0])
+
+
+@pytest.mark.gpu
+def test_beams_that_swap_rows_are_followed():
+    use = lambda model, inputs: generate(model, inputs, n_new=6, num_beams=2)  # noqa: E731
+    (eager, ours), _ = both_ways("llama", {"input_ids": prompt(1, 100)}, budget=64, use=use)
+    assert torch.equal(eager[0], ours[0])
+
+
+def test_two_sequences_take_turns_on_the_same_buffers():
+    model, ids, more = build("llama").to(DEVICE), prompt(2, 120).to(DEVICE), prompt(2, N_NEW // 2, seed=1).to(DEVICE)
+
+    def run(runtime):
+        caches = [runtime.new_cache() for _ in range(2)]
+        with torch.no_grad():
+            for row, cache in enumerate(caches):
+                model(ids[row : row + 1], past_key_values=cache)
+            return torch.cat([
+                model(more[row : row + 1, t : t + 1], past_key_values=caches[row]).logits
+                for t in range(N_NEW // 2)
+                for row in ((0, 1) if t % 2 else (1, 0))
+            ])
+
+    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime:
+        eager = run(runtime)
+        search = with_device_steps(runtime)[1]
+        ours = run(runtime)
+    assert search.steps == N_NEW
+    assert (eager - ours).abs().max() <= 1e-4 * eager.abs().max()
+
+
+def test_a_crop_and_a_chunk_between_steps_are_seen_by_the_next_step():
+    model, ids = build("llama").to(DEVICE), prompt(1, 200).to(DEVICE)
+
+    def run(runtime):
+        cache, out = runtime.new_cache(), []
+        with torch.no_grad():
+            model(ids[:, :120], past_key_values=cache)
+            for piece in (ids[:, 120:121], ids[:, 121:122], ids[:, 122:160], ids[:, 160:161]):
+                out.append(model(piece, past_key_values=cache).logits[:, -1])
+            cache.crop(-30)
+            for t in range(170, 172):
+                out.append(model(ids[:, t : t + 1], past_key_values=cache).logits[:, -1])
+        return torch.cat(out)
+
+    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime:
+        eager = run(runtime)
+        search = with_device_steps(runtime)[1]
+        ours = run(runtime)
+    assert search.steps == 5
+    assert (eager - ours).abs().max() <= 1e-4 * eager.abs().max()
+
+
+def test_a_layer_that_cannot_be_captured_means_eager_steps_and_one_warning():
+    model = build("gemma3").to(DEVICE)
+    inputs = {"input_ids": prompt(1, 100)}
+    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime:
+        eager = generate(model, inputs)
+        search = with_device_steps(runtime)[1]
+        with pytest.warns(UserWarning, match="ordinary cache") as caught:
+            ours = generate(model, inputs)
+        assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 1
+    assert search.steps == 0
+    assert torch.equal(eager[0], ours[0])
+
+
+def test_unwrap_takes_the_override_away():
+    model = build("llama").to(DEVICE)
+    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime:
+        with_device_steps(runtime)
+        assert "forward" in model.__dict__
+        generate(model, {"input_ids": prompt(1, 100)}, n_new=3)
+    assert "forward" not in model.__dict__
+
+
+def test_a_search_that_fails_is_an_error_of_the_next_step():
+    model, ids = build("llama").to(DEVICE), prompt(1, 120).to(DEVICE)
+    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime, torch.no_grad():
+        search = with_device_steps(runtime)[1]
+        cache = runtime.new_cache()
+        model(ids[:, :110], past_key_values=cache)
+        model(ids[:, 110:111], past_key_values=cache)
+        before = cache.get_seq_length()
+        search.broken = RuntimeError("the worker died")
+        with pytest.raises(RuntimeError, match="the worker died"):
+            model(ids[:, 111:112], past_key_values=cache)
+        assert cache.get_seq_length() == before
+        search.broken = None
+        model(ids[:, 111:112], past_key_values=cache)
+        assert cache.get_seq_length() == before + 1
