@@ -32,6 +32,11 @@ def task_list(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+def count_list(text: str) -> tuple[int, ...]:
+    """Read numbers of tokens separated by commas."""
+    return tuple(token_count(part.strip()) for part in text.split(","))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of all subcommands."""
     parser = argparse.ArgumentParser(prog="icecache", description=__doc__.partition(".")[0] + ".", allow_abbrev=False)
@@ -50,6 +55,23 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, metavar="DIR", help="for table and figures (default ./demo-out)")
     demo.add_argument("--seed", type=int, help="of the samples (default 0)")
     demo.add_argument("--threads", type=int, metavar="N", help="default: the cores this process may use")
+    bench = commands.add_parser(
+        "bench",
+        help="time per token by context, budget, batch and method",
+        description="Decode with random weights of a well-known shape and compare with full attention. Every cell is "
+        "saved as it ends; the same command goes on where an earlier one stopped.",
+        allow_abbrev=False,
+    )
+    bench.add_argument("--shape", metavar="NAME", help="llama-3.1-8b (default), mistral-7b, longchat-7b, qwen3-4b, ...")
+    bench.add_argument("--contexts", type=count_list, metavar="N,N,...", help="tokens in the cache (default 4k,36k,...)")
+    bench.add_argument("--budgets", type=count_list, metavar="N,N,...", help="tokens attended (default 256)")
+    bench.add_argument("--batches", type=count_list, metavar="N,N,...", help="sequences decoded together (default 1)")
+    bench.add_argument("--methods", type=task_list, metavar="A,B,...", help="default ice,hf,flash-graph")
+    bench.add_argument("--steps", type=int, metavar="N", help="tokens timed a cell (default 64)")
+    bench.add_argument("--prompt", action="store_true", default=None, help="compute prompts: time to the first token")
+    bench.add_argument("--device", help="cuda (default) or cpu")
+    bench.add_argument("--seed", type=int, help="of weights and caches (default 0)")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="for cells, table and figure (default ./bench-out)")
     commands.add_parser("doctor", help="explain this machine: what IceCache finds and what it would use")
     return parser
 
@@ -68,6 +90,15 @@ def demo(args: argparse.Namespace) -> int:
     from icecache.demo.run import run_demo
 
     run_demo(options)
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Run `icecache bench`."""
+    from icecache.bench.run import BenchOptions, run_bench
+
+    names = BenchOptions.__dataclass_fields__
+    run_bench(BenchOptions(**{k: v for k, v in vars(args).items() if k in names and v is not None}))
     return 0
 
 
@@ -96,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:
-        return {"demo": demo, "doctor": doctor}[args.command](args)
+        return {"demo": demo, "bench": bench, "doctor": doctor}[args.command](args)
     except ConfigError as error:
         parser.error(str(error))
     except (IceCacheError, OSError) as error:

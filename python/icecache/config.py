@@ -41,6 +41,9 @@ class IceConfig:
         Threads of the index; None: ``ICECACHE_NUM_THREADS`` or the cores this process may use.
     seed : int, default=0
         Seed of policies that draw at random. Not negative.
+    decode : {"auto", "eager"}, default="auto"
+        "auto": on a CUDA device a decode step is one CUDA graph that reads pages in place, wherever model and machine
+        allow it (a warning says why not). "eager": always op by op, with selected pages copied.
     on_unsupported : {"error", "dense"}, default="error"
         What to do with a layer whose attention cannot be served: raise, or keep it dense (lossless).
 
@@ -60,6 +63,7 @@ class IceConfig:
     host_memory: int | None = None
     threads: int | None = None
     seed: int = 0
+    decode: Literal["auto", "eager"] = "auto"
     on_unsupported: Literal["error", "dense"] = "error"
 
     def __post_init__(self) -> None:
@@ -80,6 +84,9 @@ class IceConfig:
             _check_int("host_memory", self.host_memory, 1, 2**62)
         if self.threads is not None:
             _check_int("threads", self.threads, 1, 1024)
+        if self.decode not in ("auto", "eager"):
+            msg = f"decode must be 'auto' or 'eager', got {self.decode!r}"
+            raise ConfigError(msg)
         if self.on_unsupported not in ("error", "dense"):
             msg = f"on_unsupported must be 'error' or 'dense', got {self.on_unsupported!r}"
             raise ConfigError(msg)

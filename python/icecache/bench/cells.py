@@ -1,0 +1,207 @@
+"""Cells of the speed table: measured one by one, each saved as it ends, so that several runs can finish a table."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from icecache.bench.methods import start
+from icecache.bench.shapes import SHAPES
+from icecache.bench.synthetic import Content
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WARM_UP_TOKENS = 2048
+"""Of a prompt, before its time is taken: kernels are loaded by then."""
+WARM_UP_STEPS = 4
+"""The first step captures the graph or loads kernels, the others fill allocators."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """What is measured.
+
+    Parameters
+    ----------
+    context : int
+        Tokens in the cache when decoding starts.
+    steps : int
+        Tokens timed, after a few more that are not.
+    prompt : bool
+        Compute a prompt of random tokens instead of filling the cache with made-up keys and values.
+    """
+
+    shape: str
+    method: str
+    context: int
+    budget: int
+    batch: int
+    steps: int
+    seed: int
+    prompt: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What came out; `error` is empty, or says why there are no figures.
+
+    Parameters
+    ----------
+    tpot_ms_p50, tpot_ms_p99, tpot_ms_mean : float
+        Milliseconds a token (of the whole batch), host clock, the device waited for after each token.
+    first_ms : float
+        The first step: capture, or loading of kernels.
+    fill_s : float
+        Writing the cache: the build of the index for ours, and with `prompt` the time to the first token.
+    kv_device_bytes : int
+        Most bytes on the device beyond the weights while decoding, workspaces included.
+    kv_host_bytes : int
+        Keys and values on the host.
+    """
+
+    tpot_ms_p50: float = float("nan")
+    tpot_ms_p99: float = float("nan")
+    tpot_ms_mean: float = float("nan")
+    first_ms: float = float("nan")
+    fill_s: float = float("nan")
+    kv_device_bytes: int = 0
+    kv_host_bytes: int = 0
+    error: str = ""
+
+
+class Results:
+    """Cells and outcomes in a file of JSON lines; a cell that is there is not measured again.
+
+    Parameters
+    ----------
+    path : Path
+        Made with its folders if missing.
+    machine : dict
+        Hardware and versions, saved with each line.
+    """
+
+    def __init__(self, path: Path, machine: dict[str, str]) -> None:
+        self.path, self.machine = path, machine
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.lines: list[dict[str, object]] = []
+        if path.exists():
+            self.lines = [json.loads(line) for line in path.read_text().splitlines() if line]
+
+    def find(self, cell: Cell) -> dict[str, object] | None:
+        """Outcome of a cell measured without an error earlier."""
+        wanted = asdict(cell)
+        found = (line for line in self.lines if line["cell"] == wanted and not line["error"])
+        return next(found, None)
+
+    def add(self, cell: Cell, outcome: Outcome) -> None:
+        """Save one more line at once."""
+        line = {"cell": asdict(cell), **asdict(outcome), "machine": self.machine}
+        self.lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Hardware and versions."""
+    import os
+    import platform
+
+    import transformers
+
+    from icecache import _core
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {
+        "device": name,
+        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "simd": _core.simd(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def measure(model: PreTrainedModel, cell: Cell) -> Outcome:
+    """Measure one cell; running out of memory is an outcome, not an end."""
+    device = model.device
+    try:
+        return _measure(model, cell, device)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return Outcome(error=f"out of memory: {str(error).splitlines()[0]}")
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcome:
+    shape = SHAPES[cell.shape]
+    content = Content(
+        n_layers=shape.num_hidden_layers,
+        n_rows=cell.batch,
+        n_kv_heads=shape.num_key_value_heads,
+        n_tokens=cell.context,
+        head_dim=shape.head_dim,
+        dtype=model.dtype,
+        device=device,
+        seed=cell.seed,
+    )
+    on_device = _used(device)
+    with torch.inference_mode():
+        prompt = None
+        if cell.prompt:
+            generator = torch.Generator(device).manual_seed(cell.seed)
+            size = (cell.batch, cell.context)
+            prompt = torch.randint(3, shape.vocab_size, size, generator=generator, device=device)
+            model(prompt[:, :WARM_UP_TOKENS], use_cache=False)
+        n_new = cell.steps + WARM_UP_STEPS
+        _wait(device)
+        began = time.perf_counter()
+        decoding = start(cell.method, model, content, budget=cell.budget, n_new=n_new, prompt=prompt)
+        try:
+            _wait(device)
+            fill_s = time.perf_counter() - began
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            times = [_timed(decoding.step) for _ in range(WARM_UP_STEPS + cell.steps)]
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            host_bytes = decoding.host_bytes()
+        finally:
+            decoding.close()
+    return _outcome(times, fill_s, max(peak - on_device, 0), host_bytes)
+
+
+def _outcome(times: Sequence[float], fill_s: float, device_bytes: int, host_bytes: int) -> Outcome:
+    rest = np.array(times[WARM_UP_STEPS:])
+    return Outcome(
+        tpot_ms_p50=float(np.median(rest)),
+        tpot_ms_p99=float(np.percentile(rest, 99)),
+        tpot_ms_mean=float(rest.mean()),
+        first_ms=times[0],
+        fill_s=fill_s,
+        kv_device_bytes=device_bytes,
+        kv_host_bytes=host_bytes,
+    )
+
+
+def _timed(step: object) -> float:
+    began = time.perf_counter()
+    step()[0, 0].item()  # type: ignore[operator]  # sync: a token is done when its id is on the host
+    return (time.perf_counter() - began) * 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _used(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

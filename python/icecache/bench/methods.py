@@ -1,0 +1,119 @@
+"""The ways to decode that are compared, each as one object that decodes a token a call."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache
+
+from icecache.bench.baselines import StaticGraph
+from icecache.bench.fixed import FixedPages
+from icecache.bench.synthetic import Content, fill
+from icecache.errors import ConfigError
+from icecache.hf.graph import GraphDecoder
+from icecache.runtime import IceRuntime
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+METHODS = {
+    "ice": "IceCache: search on the host, a step in one CUDA graph",
+    "ice-eager": "IceCache, op by op",
+    "ice-no-search": "IceCache with a fixed page choice, a step in one CUDA graph",
+    "hf": "Hugging Face, sdpa, DynamicCache",
+    "hf-offload": "Hugging Face, sdpa, offloaded DynamicCache",
+    "flash-graph": "full attention, flash-decoding kernel, static cache, a step in one CUDA graph",
+}
+
+
+CHUNK_TOKENS = 1 << 17
+"""Longest piece of a prompt computed at once: activations of more do not fit beside an 8B model."""
+
+
+class Decoding:
+    """A sequence that is being decoded greedily by one method.
+
+    Parameters
+    ----------
+    step : callable
+        Decode one token; ids (B, 1), asynchronously.
+    close : callable
+        Free everything and restore the model.
+    host_bytes : callable
+        Bytes of keys and values on the host.
+    """
+
+    def __init__(
+        self, step: Callable[[], torch.Tensor], close: Callable[[], object], host_bytes: Callable[[], int]
+    ) -> None:
+        self.step, self.close, self.host_bytes = step, close, host_bytes
+
+
+def start(
+    method: str, model: PreTrainedModel, content: Content, *, budget: int, n_new: int, prompt: torch.Tensor | None
+) -> Decoding:
+    """Fill a cache and make it ready to decode `n_new` tokens.
+
+    Parameters
+    ----------
+    prompt : torch.Tensor or None
+        Ids (B, n) to compute; None: the cache is filled with made-up keys and values.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such method.
+    """
+    if method == "flash-graph" and prompt is not None:
+        msg = "method flash-graph knows no prompt, only made-up keys and values"
+        raise ConfigError(msg)
+    if method in ("flash-graph", "ice-no-search", "hf-offload") and content.device.type != "cuda":
+        msg = f"method {method} needs a CUDA device, got {content.device}"
+        raise ConfigError(msg)
+    if method == "flash-graph":
+        static = StaticGraph(model, content, n_new)
+        return Decoding(static.step, static.close, lambda: 0)
+    if method in ("hf", "hf-offload"):
+        offloaded = method == "hf-offload"
+        cache = DynamicCache(config=model.config, offloading=True) if offloaded else DynamicCache(config=model.config)
+        _fill(model, cache, content, prompt)
+        n_bytes = 2 * content.n_layers * content.n_rows * content.n_kv_heads * content.n_tokens * content.head_dim
+        host = n_bytes * content.dtype.itemsize if offloaded else 0
+        return Decoding(_greedy(model, cache, content), gc.collect, lambda: host)
+    if method not in METHODS:
+        msg = f"method must be one of {', '.join(METHODS)}, got {method!r}"
+        raise ConfigError(msg)
+    runtime = IceRuntime.wrap(model, budget=budget, decode="eager" if method == "ice-eager" else "auto")
+    try:
+        if method == "ice-no-search":
+            runtime._hooks.decode_with(GraphDecoder(model, runtime._engine, FixedPages(content.seed)))
+        cache = runtime.new_cache()
+        _fill(model, cache, content, prompt)
+    except BaseException:
+        runtime.unwrap()
+        raise
+    return Decoding(_greedy(model, cache, content), runtime.unwrap, lambda: runtime.stats().host_bytes)
+
+
+def _fill(model: PreTrainedModel, cache: Cache, content: Content, prompt: torch.Tensor | None) -> None:
+    if prompt is None:
+        fill(cache, content)
+        return
+    for first in range(0, prompt.shape[1], CHUNK_TOKENS):
+        chunk = prompt[:, first : first + CHUNK_TOKENS]
+        model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _greedy(model: PreTrainedModel, cache: Cache, content: Content) -> Callable[[], torch.Tensor]:
+    ids = torch.zeros(content.n_rows, 1, dtype=torch.long, device=content.device)
+
+    def step() -> torch.Tensor:
+        nonlocal ids
+        ids = model(ids, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        return ids
+
+    return step
