@@ -10,7 +10,7 @@ import torch
 
 from icecache.config import IceConfig
 from icecache.errors import CacheStateError, ConfigError
-from icecache.hf import Engine, ModelHooks, adopt, register
+from icecache.hf import Engine, ModelHooks, adopt, decoder_for, register
 from icecache.index.pool import shared_pool
 from icecache.pages import Stores
 from icecache.policies import make_policy
@@ -57,6 +57,9 @@ class IceRuntime:
             sparse_chunks=config.sparse_prefill or not chosen.layout.keeps_middle,
         )
         self._hooks = ModelHooks(model, self._engine)
+        decoder = decoder_for(model, self._engine)
+        if decoder is not None:
+            self._hooks.decode_with(decoder)
 
     @classmethod
     def wrap(
@@ -164,7 +167,15 @@ class IceRuntime:
             return adopt(self._hooks, cache, attention_mask)
 
     def stats(self) -> RuntimeStats:
-        """Counters since ``wrap`` or :meth:`reset_stats`. Waits for the device."""
+        """Counters since ``wrap`` or :meth:`reset_stats`. Waits for the device.
+
+        Raises
+        ------
+        EngineError
+            If the last decode step had failed.
+        """
+        if self._hooks.decoder is not None:
+            self._hooks.decoder.settle()
         recorder, layers = self._recorder, self._engine.live_layers()
         mass = sum(float(held) for held in list(self._services.mass.values()))
         pages = [layer.pages for layer in layers if layer.pages is not None]

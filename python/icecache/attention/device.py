@@ -78,6 +78,8 @@ class DeviceStep:
             self.state = torch.zeros(1 + 3 * shape.n_rows, dtype=torch.int32, device=shape.device)
             self._host_state = torch.zeros_like(self.state, device="cpu", pin_memory=pinned)
         self.ticket, self.bounds = self.state[:1], self.state[1:].view(shape.n_rows, 3)
+        self.near_counts: list[int] = [0] * shape.n_rows
+        """Near tokens of each row that the step in flight attends to, the newest included."""
         self._held: list[weakref.ref[NearBuffer] | None] = [None] * shape.n_layers
         self.scaling: list[float | None] = [None] * shape.n_layers
         """Factor of the logits of each layer, known once it has attended."""
@@ -119,6 +121,7 @@ class DeviceStep:
 
         Asynchronous on the current stream; the step before must be over, because its copy may still be under way.
         """
+        self.near_counts = [near.count(b) + 1 for b in range(near.n_rows)]
         values = [ticket]
         for sink, start in zip(near.sinks, near.starts, strict=True):
             values += (sink, start, near.stop + 1)

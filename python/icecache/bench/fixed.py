@@ -49,3 +49,7 @@ class FixedPages:
 
     def end(self, step: DeviceStep) -> None:
         """Nothing can go wrong."""
+
+    def close(self) -> None:
+        """Free the pages."""
+        self._pool = None

@@ -8,28 +8,38 @@ captured graph where it can serve the call, and calls the model's own forward ev
 from __future__ import annotations
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from icecache.attention import DeviceStep, Mailbox, StepShape
+from icecache import _core
+from icecache.attention import DeviceStep, EngineSearch, Mailbox, StepShape
 from icecache.config import PAGE_TOKENS
+from icecache.errors import EngineError
 from icecache.hf.capture import Captured, capture
 from icecache.hf.request import NotCapturableError, Request, read_request
 from icecache.hf.step import Engine, Step, current_step
 from icecache.pages import LayerPages
+from icecache.select import TreeSearch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_SLOW = "decode steps are not captured in a CUDA graph and run op by op, which is slower: {}"
 
 
 class Search(Protocol):
     """Who chooses the pages of a step: the host's workers, or a fixed choice in benchmarks."""
 
     def mailbox(self, shape: StepShape) -> Mailbox | None:
-        """Make a mailbox for steps of this shape; None: the table is filled by somebody else."""
+        """Make a mailbox for steps of this shape; None: the table is filled by somebody else.
+
+        Raises EngineError if there can be none.
+        """
         ...
 
     def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:
@@ -38,6 +48,10 @@ class Search(Protocol):
 
     def end(self, step: DeviceStep) -> None:
         """Stop answering, and raise what went wrong. The device is done with the step."""
+        ...
+
+    def close(self) -> None:
+        """Let go of everything; no step is in flight."""
         ...
 
 
@@ -89,6 +103,7 @@ class GraphDecoder:
             step.release()
         self._captured.clear()
         self._steps.clear()
+        self.search.close()
 
     def settle(self) -> None:
         """Wait for the step in flight and report what went wrong in it.
@@ -123,26 +138,18 @@ class GraphDecoder:
             return None
         return request
 
-    def _refuse(self, error: NotCapturableError) -> None:
+    def _refuse(self, error: Exception) -> None:
         self.refused = str(error)
-        msg = f"decode steps are not captured in a CUDA graph and run op by op, which is slower: {error}"
-        warnings.warn(msg, stacklevel=6)
+        warnings.warn(_SLOW.format(error), stacklevel=6)
 
     def _decode(self, now: Step, request: Request) -> object | None:
         """Run one step; None: it could not be captured, and nothing has changed."""
-        step = self._step_of(request)
-        step.hold([pages.near for pages in request.pages])
-        for pages in request.pages:
-            pages.near.reserve_one()
-        key = step.shape, request.kind
-        captured = self._captured.get(key)
-        if captured is None:
-            try:
-                captured = capture(self._own, now, step, request, graph=self.graph)
-            except NotCapturableError as error:
-                self._refuse(error)
-                return None
-            self._captured[key] = captured
+        try:
+            step = self._step_of(request)
+            captured = self._captured_for(now, step, request)
+        except (NotCapturableError, EngineError) as error:
+            self._refuse(error)
+            return None
         for name, static in captured.inputs.items():
             given = request.inputs.get(name)
             if given is None:
@@ -160,6 +167,16 @@ class GraphDecoder:
             layer.commit_one()
         now.n_attention_calls += len(request.layers)
         return captured.output(request)
+
+    def _captured_for(self, now: Step, step: DeviceStep, request: Request) -> Captured:
+        step.hold([pages.near for pages in request.pages])
+        for pages in request.pages:
+            pages.near.reserve_one()
+        key = step.shape, request.kind
+        captured = self._captured.get(key)
+        if captured is None:
+            captured = self._captured[key] = capture(self._own, now, step, request, graph=self.graph)
+        return captured
 
     def _step_of(self, request: Request) -> DeviceStep:
         near, layout = request.pages[0].near, self.engine.layout
@@ -180,3 +197,25 @@ class GraphDecoder:
         if step is None:
             step = self._steps[shape] = DeviceStep(shape, self.search.mailbox(shape))
         return step
+
+
+def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
+    """Make a decoder for a model that is being wrapped; None: its steps stay eager, after a warning unless that is
+    what was asked for, or there is no GPU.
+    """
+    services, selector = engine.services, engine.services.selector
+    if engine.config.decode == "eager" or not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    if not isinstance(selector, TreeSearch) or selector.exact:
+        return None
+    reason = None
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed"
+    elif "forward" in model.__dict__:
+        reason = "something else has replaced model.forward"
+    elif _core.default_workers() == 0:
+        reason = "too few cores for workers that poll; 4 are the least"
+    if reason is not None:
+        warnings.warn(_SLOW.format(reason), stacklevel=5)
+        return None
+    return GraphDecoder(model, engine, EngineSearch(_core.Engine, services))

@@ -16,7 +16,7 @@ from icecache.config import PAGE_TOKENS
 from icecache.errors import BadTensorError, PoolExhaustedError
 from icecache.pages.near import NearBuffer, NearRow
 from icecache.pages.padding import PaddingLog
-from icecache.pages.store import Stores, as_bytes, to_host
+from icecache.pages.store import Stores, as_bytes, to_host, to_host_together
 from icecache.stats import Recorder
 
 
@@ -56,6 +56,8 @@ class LayerPages:
         self.near, self.forests, self.padding = near, forests, padding
         self.forgotten = [0] * near.n_rows
         """Middle tokens dropped for good, per row; stays 0 unless the layout forgets the middle."""
+        self.changes = 0
+        """How often the forests were written to: whoever searches a snapshot knows by it when to take a new one."""
 
     @classmethod
     def build(
@@ -168,6 +170,7 @@ class LayerPages:
             keys, values = torch.cat([back_keys, keys], 1), torch.cat([back_values, values], 1)
             if start < len(forest):
                 forest.crop(start)
+                self.changes += 1
         elif rest > 0:
             # What StreamingLLM forgot cannot come back: the window is shorter until it fills again.
             sink -= max(rest - self.forgotten[b], 0)
@@ -184,6 +187,7 @@ class LayerPages:
         near, padding = self.near.select(rows), self.padding.select(rows)
         pages = LayerPages(self.layout, self.layer, self.store, near, forests, padding)
         pages.forgotten = [self.forgotten[b] for b in rows]
+        pages.changes = self.changes + 1
         return pages
 
     def fork(self) -> LayerPages:
@@ -252,7 +256,9 @@ def drain(pool: _core.Pool, recorder: Recorder, layers: Sequence[LayerPages]) ->
     """
     plan = [(pages, pages.due()) for pages in layers]
     plan = [(pages, counts) for pages, counts in plan if any(counts)]
-    moves, lengths = [], []
+    lengths: list[tuple[LayerPages, list[int], list[int]]] = []
+    places: list[tuple[LayerPages, int]] = []
+    tensors: list[torch.Tensor] = []
     for pages, counts in plan:
         if not pages.layout.keeps_middle:
             pages.forgotten = [a + b for a, b in zip(pages.forgotten, counts, strict=True)]
@@ -262,8 +268,15 @@ def drain(pool: _core.Pool, recorder: Recorder, layers: Sequence[LayerPages]) ->
         for b, n in enumerate(counts):
             if n:
                 row = pages.near.row(b)
-                keys, values = to_host(row.window_keys[:, :n]), to_host(row.window_values[:, :n])
-                moves.append(Move(pages.layer, b, pages.forests[b], keys, values))
+                tensors += (row.window_keys[:, :n], row.window_values[:, :n])
+                places.append((pages, b))
+    if not places:
+        return
+    hosted = to_host_together(tensors)
+    moves = [
+        Move(pages.layer, b, pages.forests[b], keys, values)
+        for (pages, b), keys, values in zip(places, hosted[::2], hosted[1::2], strict=True)
+    ]
     try:
         insert(pool, recorder, moves)
     finally:
@@ -271,3 +284,4 @@ def drain(pool: _core.Pool, recorder: Recorder, layers: Sequence[LayerPages]) ->
         for pages, counts, before in lengths:
             moved = [n if len(f) > old else 0 for n, f, old in zip(counts, pages.forests, before, strict=True)]
             pages.near.drop_oldest(moved)
+            pages.changes += any(moved)

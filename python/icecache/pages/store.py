@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,6 +16,21 @@ Bytes = npt.NDArray[np.uint8]
 
 _CPU = torch.device("cpu")
 _DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of an element type as the core spells it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If it is none of float32, float16, bfloat16.
+    """
+    name = _DTYPE_NAMES.get(dtype)
+    if name is None:
+        msg = f"the KV cache must be float32, float16 or bfloat16, got {dtype}"
+        raise UnsupportedModelError(msg)
+    return name
 
 
 def as_bytes(tensor: torch.Tensor) -> Bytes:
@@ -36,6 +53,19 @@ def as_bytes(tensor: torch.Tensor) -> Bytes:
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
     """Copy to the CPU if need be; contiguous."""
     return tensor.detach().to("cpu").contiguous()  # sync: pages live on the host
+
+
+def to_host_together(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy many small tensors to the CPU, contiguous, in one transfer for all of one shape, dtype and device."""
+    groups: dict[object, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.shape, tensor.dtype, tensor.device), []).append(i)
+    result = list(tensors)
+    for indices in groups.values():
+        stacked = torch.stack([tensors[i].detach() for i in indices]).to("cpu")  # sync: pages live on the host
+        for i, copy in zip(indices, stacked.unbind(), strict=True):
+            result[i] = copy
+    return result
 
 
 class Stores:
@@ -66,10 +96,7 @@ class Stores:
         UnsupportedModelError
             If the dtype is none of float32, float16, bfloat16.
         """
-        name = _DTYPE_NAMES.get(dtype)
-        if name is None:
-            msg = f"the KV cache must be float32, float16 or bfloat16, got {dtype}"
-            raise UnsupportedModelError(msg)
+        name = dtype_name(dtype)
         shape = (key_dim, value_dim, dtype, device.type)
         if shape not in self._stores:
             memory = self._memory_for(device)

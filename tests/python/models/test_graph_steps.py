@@ -5,104 +5,39 @@ On a CPU the kernels run in Triton's interpreter and nothing is captured; on a G
 
 from __future__ import annotations
 
-import threading
-import time
-from types import SimpleNamespace
+import gc
 
-import numpy as np
 import pytest
 import torch
-from icecache import IceRuntime, _core
+from icecache import EngineError, IceRuntime, _core
+from icecache.attention import EngineSearch
 from icecache.hf.graph import GraphDecoder
-from icecache.pages import as_bytes
 from tiny import build, left_padded, prompt
 
 GPU = torch.cuda.is_available()
 N_NEW = 12 if GPU else 4  # the interpreter takes about a second a step
 DEVICE = "cuda" if GPU else "cpu"
+SMALL = {"dense_below": 0, "threads": 1, "budget": 64, "decode": "eager"}
 
 
-class ThreadSearch:
-    """The host side in Python: the index of the runtime, pages copied where the device can read them."""
+class CountingSearch(EngineSearch):
+    """The engine's search, which also counts its steps."""
 
-    def __init__(self, runtime):
-        self.services = runtime._services
-        self.ticket, self.steps, self.answers, self.broken = 0, 0, True, None
-        self.kept, self.thread = [], None
+    steps = 0
 
-    def mailbox(self, shape):
-        def host(*size, dtype=torch.int32):
-            return torch.zeros(size, dtype=dtype, pin_memory=GPU)
-
-        lead = (shape.n_layers, shape.n_rows, shape.n_kv_heads)
-        return SimpleNamespace(
-            queries=host(*lead, shape.group, shape.key_dim, dtype=shape.dtype),
-            table=host(*lead, shape.n_pages, dtype=torch.int64),
-            request=host(shape.n_layers),
-            answered=host(shape.n_layers),
-            timeout=host(shape.n_layers),
-        )
-
-    def begin(self, step, pages, n_pages):
-        self.ticket, self.steps, self.kept = self.ticket + 1, self.steps + 1, []
-        arguments = (step, [list(p.forests) for p in pages], n_pages, self.ticket)
-        self.thread = threading.Thread(target=self._work, args=arguments)
-        self.thread.start()
-        return self.ticket
-
-    def end(self, step):
-        self.thread.join()
-        if self.broken is not None:
-            raise self.broken
-        if (step.mailbox.timeout == self.ticket).any():
-            raise RuntimeError("late")
-
-    def _work(self, step, forests, n_pages, ticket):
-        try:
-            for layer in range(step.shape.n_layers):
-                deadline = time.monotonic() + 60
-                while step.mailbox.request[layer].item() != ticket and self.answers:
-                    assert time.monotonic() < deadline, "no request came"
-                    time.sleep(0)
-                if self.answers:
-                    self._answer(step, layer, forests[layer], n_pages)
-                    step.mailbox.answered[layer] = ticket
-        except Exception as error:
-            self.broken = error
-
-    def _answer(self, step, layer, forests, n_pages):
-        shape, box = step.shape, step.mailbox
-        if max(len(f) for f in forests) <= 16 * n_pages:
-            selection = _core.all_pages(forests)
-        else:
-            queries = box.queries[layer].float().numpy()
-            scaling = step.scaling[layer]
-            candidates = max(112, 24 * n_pages)
-            selection = _core.search(
-                self.services.pool, forests, queries, n_pages, scaling=scaling, candidates=candidates
-            )
-        counts = torch.from_numpy(np.asarray(selection.counts)).long()
-        width = counts.shape[2]
-        lead = (shape.n_rows, shape.n_kv_heads, width)
-        pages = torch.zeros(*lead, 16, shape.key_dim + shape.value_dim, dtype=shape.dtype)
-        keys = torch.zeros(*lead, 16, shape.key_dim, dtype=shape.dtype)
-        values = torch.zeros(*lead, 16, shape.value_dim, dtype=shape.dtype)
-        selection.gather(self.services.pool, 0, width, as_bytes(keys), as_bytes(values))
-        pages = torch.stack([keys, values], 3)  # [B, H, K, 2, 16, D]
-        pages = pages.pin_memory() if GPU else pages
-        self.kept.append(pages)
-        index = torch.arange(counts.numel()).view(counts.shape)
-        address = pages.data_ptr() + index * pages[0, 0, 0].numel() * pages.element_size()
-        box.table[layer] = 0
-        box.table[layer, :, :, :width] = torch.where(counts > 0, (((1 << counts) - 1) << 48) | address, 0)
+    def begin(self, *arguments):
+        self.steps += 1
+        return super().begin(*arguments)
 
 
 def with_device_steps(runtime):
-    """Let a runtime decode on static buffers; returns the decoder and its search."""
-    search = ThreadSearch(runtime)
-    decoder = GraphDecoder(runtime.model, runtime._engine, search, graph=GPU)
-    runtime._hooks.decode_with(decoder)
-    return decoder, search
+    """Let a runtime decode on static buffers; returns the search."""
+    workers = None if GPU else 1
+    search = CountingSearch(lambda: _core.Engine(workers, pin_threads=GPU), runtime._services)
+    if runtime._hooks.decoder is not None:
+        runtime._hooks.decoder.remove()
+    runtime._hooks.decode_with(GraphDecoder(runtime.model, runtime._engine, search, graph=GPU))
+    return search
 
 
 def generate(model, inputs, n_new=N_NEW, **options):
@@ -117,8 +52,9 @@ def both_ways(family, inputs, *, dense_below=0, **settings):
     use = settings.pop("use", generate)
     model, results = build(family).to(DEVICE), []
     for device_steps in (False, True):
-        with IceRuntime.wrap(model, dense_below=dense_below, threads=1, **settings) as runtime:
-            search = with_device_steps(runtime)[1] if device_steps else None
+        options = {"dense_below": dense_below, "threads": 1, "decode": "eager", **settings}
+        with IceRuntime.wrap(model, **options) as runtime:
+            search = with_device_steps(runtime) if device_steps else None
             results.append(use(model, inputs))
     assert search.steps > 0
     return results, search
@@ -187,9 +123,9 @@ def test_two_sequences_take_turns_on_the_same_buffers():
                 for row in ((0, 1) if t % 2 else (1, 0))
             ])
 
-    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime:
+    with IceRuntime.wrap(model, **SMALL) as runtime:
         eager = run(runtime)
-        search = with_device_steps(runtime)[1]
+        search = with_device_steps(runtime)
         ours = run(runtime)
     assert search.steps == N_NEW
     assert (eager - ours).abs().max() <= 1e-4 * eager.abs().max()
@@ -209,9 +145,9 @@ def test_a_crop_and_a_chunk_between_steps_are_seen_by_the_next_step():
                 out.append(model(ids[:, t : t + 1], past_key_values=cache).logits[:, -1])
         return torch.cat(out)
 
-    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime:
+    with IceRuntime.wrap(model, **SMALL) as runtime:
         eager = run(runtime)
-        search = with_device_steps(runtime)[1]
+        search = with_device_steps(runtime)
         ours = run(runtime)
     assert search.steps == 5
     assert (eager - ours).abs().max() <= 1e-4 * eager.abs().max()
@@ -220,9 +156,9 @@ def test_a_crop_and_a_chunk_between_steps_are_seen_by_the_next_step():
 def test_a_layer_that_cannot_be_captured_means_eager_steps_and_one_warning():
     model = build("gemma3").to(DEVICE)
     inputs = {"input_ids": prompt(1, 100)}
-    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime:
+    with IceRuntime.wrap(model, **SMALL) as runtime:
         eager = generate(model, inputs)
-        search = with_device_steps(runtime)[1]
+        search = with_device_steps(runtime)
         with pytest.warns(UserWarning, match="ordinary cache") as caught:
             ours = generate(model, inputs)
         assert len([w for w in caught if "CUDA graph" in str(w.message)]) == 1
@@ -232,25 +168,53 @@ def test_a_layer_that_cannot_be_captured_means_eager_steps_and_one_warning():
 
 def test_unwrap_takes_the_override_away():
     model = build("llama").to(DEVICE)
-    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime:
+    with IceRuntime.wrap(model, **SMALL) as runtime:
         with_device_steps(runtime)
         assert "forward" in model.__dict__
         generate(model, {"input_ids": prompt(1, 100)}, n_new=3)
     assert "forward" not in model.__dict__
 
 
-def test_a_search_that_fails_is_an_error_of_the_next_step():
+def test_a_search_that_fails_is_an_error_of_the_next_step_and_the_sequence_goes_on():
     model, ids = build("llama").to(DEVICE), prompt(1, 120).to(DEVICE)
-    with IceRuntime.wrap(model, dense_below=0, threads=1, budget=64) as runtime, torch.no_grad():
-        search = with_device_steps(runtime)[1]
+    with IceRuntime.wrap(model, **SMALL) as runtime, torch.no_grad():
+        search = with_device_steps(runtime)
         cache = runtime.new_cache()
         model(ids[:, :110], past_key_values=cache)
         model(ids[:, 110:111], past_key_values=cache)
-        before = cache.get_seq_length()
-        search.broken = RuntimeError("the worker died")
-        with pytest.raises(RuntimeError, match="the worker died"):
-            model(ids[:, 111:112], past_key_values=cache)
-        assert cache.get_seq_length() == before
-        search.broken = None
+        (held,) = search._boxes.values()
+        held.box._fault((1, 0))
         model(ids[:, 111:112], past_key_values=cache)
+        before = cache.get_seq_length()
+        with pytest.raises(EngineError):
+            model(ids[:, 112:113], past_key_values=cache)
+        assert cache.get_seq_length() == before
+        held.box._fault(None)
+        model(ids[:, 112:113], past_key_values=cache)
         assert cache.get_seq_length() == before + 1
+
+
+def test_a_dropped_cache_gives_its_pages_back():
+    model, ids = build("llama").to(DEVICE), prompt(1, 120).to(DEVICE)
+    with IceRuntime.wrap(model, **SMALL) as runtime, torch.no_grad():
+        with_device_steps(runtime)
+        cache = runtime.new_cache()
+        model(ids[:, :110], past_key_values=cache)
+        model(ids[:, 110:111], past_key_values=cache)
+        assert runtime._services.stores.used_bytes() > 0
+        runtime.stats()  # the step is over
+        del cache
+        gc.collect()
+        assert runtime._services.stores.used_bytes() == 0
+
+
+def test_what_was_read_is_counted():
+    model = build("llama").to(DEVICE)
+    with IceRuntime.wrap(model, **SMALL) as runtime:
+        with_device_steps(runtime)
+        generate(model, {"input_ids": prompt(2, 100)})
+        stats = runtime.stats()
+    assert stats.steps == N_NEW - 1
+    assert 48 < stats.attended_min <= stats.attended_max <= 64 + 1 + 15
+    assert stats.pages_read == (N_NEW - 1) * 2 * 3 * 2
+    assert stats.ms["search"] > 0
