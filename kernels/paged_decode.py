@@ -24,7 +24,8 @@ from icecache.kernels.merge_splits import merge_splits
 
 PAGE_TOKENS = 16
 NEAR_BLOCK = 64
-"""Near tokens loaded at a time."""
+"""Near tokens loaded at a time; 16 where a key has more than `WIDE_BYTES`, or they overflow the shared memory."""
+WIDE_BYTES = 512
 MIN_PROGRAMS = 512
 """A long near part is cut so that there are at least so many programs, about 4 on each processor of a large device; a
 short one (a sink and a window) is one program a head, which ends before the first page has crossed the bus."""
@@ -186,10 +187,14 @@ def _paged_decode_splits(
         E=value_dim,
         EP=max(16, triton.next_power_of_2(value_dim)),
         P=PAGE_TOKENS,
-        NB=NEAR_BLOCK,
+        NB=_near_block(q, near_values),
         num_warps=num_warps,
     )
     return out, lse
+
+
+def _near_block(q: torch.Tensor, near_values: torch.Tensor) -> int:
+    return NEAR_BLOCK if max(q.shape[3], near_values.shape[3]) * q.element_size() <= WIDE_BYTES else 16
 
 
 @_paged_decode_splits.register_fake
@@ -222,7 +227,7 @@ def paged_decode(
     softcap: float | None = None,
     page_strides: tuple[int, int, int, int] | None = None,
     page_splits: int | None = None,
-    num_warps: int = 2,
+    num_warps: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to near tokens and pages; see the module docstring for the formula.
 
@@ -266,7 +271,7 @@ def paged_decode(
     _check(q, near_keys, near_values, bounds, table)
     n_places, n_columns = table.shape[2], near_keys.shape[2]
     splits = min(n_places, MAX_PAGE_SPLITS) if page_splits is None else min(page_splits, n_places)
-    near_blocks = triton.cdiv(max(n_columns, 1), NEAR_BLOCK)
+    near_blocks = triton.cdiv(max(n_columns, 1), _near_block(q, near_values))
     near_splits = 1 if near_blocks <= 4 else min(near_blocks, triton.cdiv(MIN_PROGRAMS, q.shape[0] * q.shape[1]))
     d, value_dim = q.shape[3], near_values.shape[3]
     strides = page_strides or (0, d, PAGE_TOKENS * d, value_dim)

@@ -128,5 +128,5 @@ class StaticGraph:
         window_append(key, value, keys, values, self.bounds)
         n_rows, n_heads = keys.shape[:2]
         grouped = query.reshape(n_rows, n_heads, -1, query.shape[-1]).contiguous()
-        out, _ = paged_decode(grouped, keys, values, self.bounds, self._table, scaling, num_warps=4)
+        out, _ = paged_decode(grouped, keys, values, self.bounds, self._table, scaling)
         return out.reshape(n_rows, 1, -1, values.shape[-1]), None

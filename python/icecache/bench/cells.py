@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,8 @@ from icecache.bench.synthetic import Content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from icecache.runtime import IceRuntime
 
 WARM_UP_TOKENS = 2048
 """Of a prompt, before its time is taken: kernels are loaded by then."""
@@ -75,6 +76,10 @@ class Outcome:
     fill_s: float = float("nan")
     kv_device_bytes: int = 0
     kv_host_bytes: int = 0
+    search_us_layer: float = float("nan")
+    """Mean time from a request of a layer to its answer, microseconds."""
+    attended: float = float("nan")
+    """Mean tokens attended per KV head and step."""
     error: str = ""
 
 
@@ -171,25 +176,34 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
             fill_s = time.perf_counter() - began
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
-            times = [_timed(decoding.step) for _ in range(WARM_UP_STEPS + cell.steps)]
+            warm = [_timed(decoding.step) for _ in range(WARM_UP_STEPS)]
+            if decoding.runtime is not None:
+                decoding.runtime.stats()  # ends the step, so that it is not counted below
+                decoding.runtime.reset_stats()
+            times = [_timed(decoding.step) for _ in range(cell.steps)]
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-            host_bytes = decoding.host_bytes()
+            search_us, attended = _what_was_read(decoding.runtime, content.n_layers)
         finally:
             decoding.close()
-    return _outcome(times, fill_s, max(peak - on_device, 0), host_bytes)
-
-
-def _outcome(times: Sequence[float], fill_s: float, device_bytes: int, host_bytes: int) -> Outcome:
-    rest = np.array(times[WARM_UP_STEPS:])
     return Outcome(
-        tpot_ms_p50=float(np.median(rest)),
-        tpot_ms_p99=float(np.percentile(rest, 99)),
-        tpot_ms_mean=float(rest.mean()),
-        first_ms=times[0],
+        tpot_ms_p50=float(np.median(times)),
+        tpot_ms_p99=float(np.percentile(times, 99)),
+        tpot_ms_mean=float(np.mean(times)),
+        first_ms=warm[0],
         fill_s=fill_s,
-        kv_device_bytes=device_bytes,
-        kv_host_bytes=host_bytes,
+        kv_device_bytes=max(peak - on_device, 0),
+        kv_host_bytes=decoding.host_bytes,
+        search_us_layer=search_us,
+        attended=attended,
     )
+
+
+def _what_was_read(runtime: IceRuntime | None, n_layers: int) -> tuple[float, float]:
+    """Microseconds a search of one layer, and tokens attended."""
+    if runtime is None:
+        return float("nan"), float("nan")
+    stats = runtime.stats()
+    return stats.ms["search"] * 1e3 / max(stats.steps, 1) / n_layers, stats.attended_mean
 
 
 def _timed(step: object) -> float:

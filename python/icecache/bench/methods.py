@@ -43,14 +43,20 @@ class Decoding:
         Decode one token; ids (B, 1), asynchronously.
     close : callable
         Free everything and restore the model.
-    host_bytes : callable
-        Bytes of keys and values on the host.
+    host_bytes : int
+        Bytes of keys and values on the host, when decoding starts.
+    runtime : IceRuntime or None
+        Ours.
     """
 
     def __init__(
-        self, step: Callable[[], torch.Tensor], close: Callable[[], object], host_bytes: Callable[[], int]
+        self,
+        step: Callable[[], torch.Tensor],
+        close: Callable[[], object],
+        host_bytes: int = 0,
+        runtime: IceRuntime | None = None,
     ) -> None:
-        self.step, self.close, self.host_bytes = step, close, host_bytes
+        self.step, self.close, self.host_bytes, self.runtime = step, close, host_bytes, runtime
 
 
 def start(
@@ -76,14 +82,14 @@ def start(
         raise ConfigError(msg)
     if method == "flash-graph":
         static = StaticGraph(model, content, n_new)
-        return Decoding(static.step, static.close, lambda: 0)
+        return Decoding(static.step, static.close)
     if method in ("hf", "hf-offload"):
         offloaded = method == "hf-offload"
         cache = DynamicCache(config=model.config, offloading=True) if offloaded else DynamicCache(config=model.config)
         _fill(model, cache, content, prompt)
         n_bytes = 2 * content.n_layers * content.n_rows * content.n_kv_heads * content.n_tokens * content.head_dim
         host = n_bytes * content.dtype.itemsize if offloaded else 0
-        return Decoding(_greedy(model, cache, content), gc.collect, lambda: host)
+        return Decoding(_greedy(model, cache, content), gc.collect, host)
     if method not in METHODS:
         msg = f"method must be one of {', '.join(METHODS)}, got {method!r}"
         raise ConfigError(msg)
@@ -96,7 +102,8 @@ def start(
     except BaseException:
         runtime.unwrap()
         raise
-    return Decoding(_greedy(model, cache, content), runtime.unwrap, lambda: runtime.stats().host_bytes)
+    host = runtime.stats().host_bytes
+    return Decoding(_greedy(model, cache, content), runtime.unwrap, host, runtime)
 
 
 def _fill(model: PreTrainedModel, cache: Cache, content: Content, prompt: torch.Tensor | None) -> None:

@@ -12,6 +12,7 @@ import torch
 from icecache import EngineError, IceRuntime, _core
 from icecache.attention import EngineSearch
 from icecache.hf.graph import GraphDecoder
+from icecache.pages import as_bytes
 from tiny import build, left_padded, prompt
 
 GPU = torch.cuda.is_available()
@@ -218,3 +219,96 @@ def test_what_was_read_is_counted():
     assert 48 < stats.attended_min <= stats.attended_max <= 64 + 1 + 15
     assert stats.pages_read == (N_NEW - 1) * 2 * 3 * 2
     assert stats.ms["search"] > 0
+
+
+@pytest.mark.gpu
+def test_two_thousand_steps_lose_no_token_and_store_what_eager_steps_store():
+    """Inserts, splits and seals on the way; the forests of both ways hold the same keys and values in every place."""
+    model, ids = build("llama").to(DEVICE), prompt(1, 2200).to(DEVICE)
+    stored, logits = [], []
+    for device_steps in (False, True):
+        with IceRuntime.wrap(model, **SMALL) as runtime, torch.no_grad():
+            search = with_device_steps(runtime) if device_steps else None
+            cache = runtime.new_cache()
+            model(ids[:, :200], past_key_values=cache)
+            seen = [model(ids[:, t : t + 1], past_key_values=cache).logits[:, -1] for t in range(200, 2200)]
+            logits.append(torch.cat(seen))
+            forests = [layer.pages.forests[0] for layer in cache.layers]
+            for forest in forests:
+                forest.validate()
+            stored.append([read_all(forest) for forest in forests])
+    assert search.steps == 2000
+    assert forests[0].counters()["segments"] > 0
+    for eager, ours in zip(*stored, strict=True):
+        for a, b in zip(eager, ours, strict=True):
+            assert a.shape == b.shape
+            assert a.shape[1] >= 2200 - 16 - 32 - 15
+            assert ((a - b).abs() <= 1e-3 * a.abs().max()).float().mean() > 0.999
+    # A search that is nearly undecided may choose another page for a last bit of difference.
+    close = (logits[0] - logits[1]).abs().amax(-1) <= 1e-3 * logits[0].abs().max()
+    assert close.float().mean() > 0.99
+
+
+def read_all(forest):
+    keys, values = torch.empty(2, len(forest), 16), torch.empty(2, len(forest), 16)
+    forest.read(0, len(forest), as_bytes(keys), as_bytes(values))
+    return keys, values
+
+
+@pytest.mark.gpu
+def test_a_worker_that_is_late_is_an_error_and_never_a_hang():
+    model, ids = build("llama").to(DEVICE), prompt(1, 120).to(DEVICE)
+    with IceRuntime.wrap(model, **SMALL) as runtime, torch.no_grad():
+        search = with_device_steps(runtime)
+        cache = runtime.new_cache()
+        model(ids[:, :110], past_key_values=cache)
+        model(ids[:, 110:111], past_key_values=cache)
+        runtime.stats()
+        (held,) = search._boxes.values()
+        held.box._fault((1, 0), stall_ms=3000)
+        model(ids[:, 111:112], past_key_values=cache)
+        with pytest.raises(EngineError):
+            runtime.stats()
+        held.box._fault(None)
+        model(ids[:, 112:113], past_key_values=cache)
+        runtime.stats()
+
+
+@pytest.mark.gpu
+def test_two_models_in_one_process_do_not_disturb_each_other():
+    models = [build("llama", seed).to(DEVICE) for seed in (0, 1)]
+    inputs = {"input_ids": prompt(1, 120)}
+    alone = []
+    for model in models:
+        with IceRuntime.wrap(model, **SMALL) as runtime:
+            with_device_steps(runtime)
+            alone.append(generate(model, inputs)[0])
+    with IceRuntime.wrap(models[0], **SMALL) as first, IceRuntime.wrap(models[1], **SMALL) as second:
+        with_device_steps(first), with_device_steps(second)
+        for _ in range(2):
+            assert all(torch.equal(generate(model, inputs)[0], a) for model, a in zip(models, alone, strict=True))
+
+
+@pytest.mark.gpu
+def test_an_interrupted_generate_leaves_a_usable_runtime():
+    model, inputs = build("llama").to(DEVICE), {"input_ids": prompt(1, 120)}
+
+    class Stop:
+        n = 0
+
+        def __call__(self, input_ids, scores):
+            self.n += 1
+            if self.n == 5:
+                raise KeyboardInterrupt
+            return scores
+
+    with IceRuntime.wrap(model, **SMALL) as runtime:
+        with_device_steps(runtime)
+        expected = generate(model, inputs)[0]
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, inputs, logits_processor=[Stop()])
+        gc.collect()
+        assert torch.equal(generate(model, inputs)[0], expected)
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, inputs, logits_processor=[Stop()])
+    assert "forward" not in model.__dict__
