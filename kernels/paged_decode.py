@@ -10,8 +10,9 @@ K places in the page table, S splits of the tokens, P = 16 tokens in a page.
 A head without a single live token gets out = 0 and lse = -inf, so that it drops out of a merge by log-sum-exp.
 
 A page is named by one int64 word: its address in the low 48 bits, bit ``48 + s`` set if slot ``s`` is live; 0 is no
-page. Pages start on 64 bytes. The memory may be the device's or registered host memory, which the kernel then reads over the bus: no copy and
-no processor in between. Each split writes a partial result; `merge_splits` folds them.
+page. Pages start on 64 bytes. The memory may be the device's or registered host memory, which the kernel then reads
+over the bus: no copy and no processor in between. Each split writes a
+partial result; `merge_splits` folds them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from icecache.kernels.merge_splits import merge_splits
 
 PAGE_TOKENS = 16

@@ -52,7 +52,7 @@ def bandwidth(source: torch.Tensor) -> float:
     return moved / timed(graph, 1) * 1e6
 
 
-def run(batch: int, n_places: int, where: str, pool: torch.Tensor, num_warps: int, page_splits: int | None) -> float:
+def run(batch: int, n_places: int, pool: torch.Tensor, num_warps: int, page_splits: int | None) -> float:
     generator = torch.Generator().manual_seed(0)
     make = {"dtype": torch.bfloat16, "device": "cuda"}
     q = torch.randn(batch, H, G, D, **make)
@@ -83,7 +83,7 @@ def main() -> None:
             floor = paged / rates[where] + near / rates["device"]
             line = {"batch": batch, "pages": n_places, "where": where, "floor_us": round(floor * 1e6, 1)}
             for num_warps, splits in ((1, None), (2, None), (4, None), (4, 7), (4, 16)):
-                us = run(batch, n_places, where, pool, num_warps, splits)
+                us = run(batch, n_places, pool, num_warps, splits)
                 line[f"warps={num_warps},splits={splits or 'page'}"] = round(us, 1)
             print(json.dumps(line), flush=True)
 

@@ -63,7 +63,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     bench.add_argument("--shape", metavar="NAME", help="llama-3.1-8b (default), mistral-7b, longchat-7b, qwen3-4b, ...")
-    bench.add_argument("--contexts", type=count_list, metavar="N,N,...", help="tokens in the cache (default 4k,36k,...)")
+    bench.add_argument(
+        "--contexts", type=count_list, metavar="N,N,...", help="tokens in the cache (default 4k,36k,...)"
+    )
     bench.add_argument("--budgets", type=count_list, metavar="N,N,...", help="tokens attended (default 256)")
     bench.add_argument("--batches", type=count_list, metavar="N,N,...", help="sequences decoded together (default 1)")
     bench.add_argument("--methods", type=task_list, metavar="A,B,...", help="default ice,hf,flash-graph")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from icecache.attention.mass import add_mass, kept_sum
 from icecache.attention.partial import Partial, merge, partial_attention, with_sink_logits
 from icecache.pages import LayerPages
 from icecache.select import Read, Services, read_groups
@@ -85,33 +86,22 @@ def _with_read(
 
 
 def _count_mass(services: Services, part: Partial, unread: list[tuple[list[int], Read]]) -> None:
-    """Add the estimated share of the softmax that was attended, one number per (row, query head).
+    """Add the shares attended: 1 for rows that were read whole.
 
-    ``kept = exp(attended) / (exp(attended) + exp(all) - exp(selected))``, all three log-sum-exps; 1 for rows that
-    were read whole. Rows whose selector knows no total, and policies without one, are left out.
+    Rows whose selector knows no total, and policies without one, are left out.
     """
-    recorder, lse = services.recorder, part.lse[..., 0]
-    n_heads = lse.shape[1] * lse.shape[2]
-    counted = set(range(lse.shape[0])) if services.selector is not None else set()
-    kept_sum: torch.Tensor | float = 0.0
+    lse = part.lse[..., 0]
+    n_heads, n = lse.shape[1] * lse.shape[2], 0
+    whole = set(range(lse.shape[0])) if services.selector is not None else set()
+    kept: torch.Tensor | float = 0.0
     for rows, read in unread:
-        counted -= set(rows)
+        whole -= set(rows)
         if read.lse is None:
             continue
-        total, chosen = read.lse[..., 0].astype(np.float64), read.lse[..., 1].astype(np.float64)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            rest = total + np.log1p(-np.exp(np.minimum(chosen - total, 0.0)))
-        rest = np.where(np.isnan(rest), -np.inf, rest).astype(np.float32)
-        missing = torch.from_numpy(rest).to(lse.device)
-        rows_lse = lse if len(rows) == lse.shape[0] else lse[rows]
-        kept_sum = kept_sum + torch.sigmoid(rows_lse - missing).sum()
-        recorder.mass_n += len(rows) * n_heads
-    recorder.mass_n += len(counted) * n_heads
-    kept_sum = kept_sum + float(len(counted) * n_heads)
-    held = services.mass.get(lse.device)
-    if held is None:
-        held = torch.zeros((), dtype=torch.float64, device=lse.device)
-    services.mass[lse.device] = held + kept_sum
+        kept = kept + kept_sum(lse if len(rows) == lse.shape[0] else lse[rows], read.lse)
+        n += len(rows) * n_heads
+    n_whole = len(whole) * n_heads
+    add_mass(services, lse.device, kept + float(n_whole), n + n_whole)
 
 
 def _event(pages: LayerPages, rows: list[int], read: Read) -> TraceEvent:

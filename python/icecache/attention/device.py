@@ -8,32 +8,18 @@ read from memory: the ticket and the columns from `state`, the pages from the ma
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from icecache.pages.near import NearBuffer
+from icecache.transfer import MailboxTensors
 
 SLACK_COLUMNS = 96
 """Columns beyond what the near tokens need: gaps in the window are closed once in as many steps."""
-
-
-class Mailbox(Protocol):
-    """Host memory through which the device asks for pages; see ``kernels/mailbox.py`` for the protocol."""
-
-    queries: torch.Tensor
-    """``(L, R, H, G, D)``, R >= B."""
-    request: torch.Tensor
-    """``(L,)`` int32."""
-    answered: torch.Tensor
-    """``(L,)`` int32."""
-    table: torch.Tensor
-    """``(L, R, H, K)`` int64 page words."""
-    timeout: torch.Tensor
-    """``(L,)`` int32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +46,26 @@ class DeviceStep:
     Parameters
     ----------
     shape : StepShape
-    mailbox : Mailbox or None
+    mailbox : MailboxTensors or None
         None: nobody is asked, `table` holds the pages to read.
     """
 
-    def __init__(self, shape: StepShape, mailbox: Mailbox | None) -> None:
+    def __init__(self, shape: StepShape, mailbox: MailboxTensors | None) -> None:
         self.shape, self.mailbox = shape, mailbox
         lead = (shape.n_layers, shape.n_rows, shape.n_kv_heads)
         columns = shape.near_tokens + SLACK_COLUMNS
         pinned = shape.device.type == "cuda"
-        make = {"dtype": shape.dtype, "device": shape.device}
+        near = functools.partial(torch.zeros, dtype=shape.dtype, device=shape.device)
         # Not in inference mode: in-place writes from outside of it would be refused.
         with torch.inference_mode(mode=False):
-            self.near_keys = torch.zeros(*lead, columns, shape.key_dim, **make)
-            self.near_values = torch.zeros(*lead, columns, shape.value_dim, **make)
+            self.near_keys = near((*lead, columns, shape.key_dim))
+            self.near_values = near((*lead, columns, shape.value_dim))
             self.table = torch.zeros(*lead, shape.n_pages, dtype=torch.int64, device=shape.device)
             self.state = torch.zeros(1 + 3 * shape.n_rows, dtype=torch.int32, device=shape.device)
             self._host_state = torch.zeros_like(self.state, device="cpu", pin_memory=pinned)
         self.ticket, self.bounds = self.state[:1], self.state[1:].view(shape.n_rows, 3)
+        self.lse: list[torch.Tensor | None] = [None] * shape.n_layers
+        """Log-sum-exp (B, H, G) over what each layer attended to in the last step; the memory is the graph's."""
         self.near_counts: list[int] = [0] * shape.n_rows
         """Near tokens of each row that the step in flight attends to, the newest included."""
         self._held: list[weakref.ref[NearBuffer] | None] = [None] * shape.n_layers
@@ -114,7 +102,7 @@ class DeviceStep:
 
     def holds(self, layer: int, near: NearBuffer) -> bool:
         """Whether `near` lives in the buffers of `layer`."""
-        return near.keys.data_ptr() == self.near_keys[layer].data_ptr()
+        return bool(near.keys.data_ptr() == self.near_keys[layer].data_ptr())
 
     def write_state(self, ticket: int, near: NearBuffer) -> None:
         """Say which step this is and which columns are live, the newest token's included.
@@ -165,5 +153,7 @@ class DeviceStep:
         if box is not None:
             answered, timeout = box.answered[layer : layer + 1], box.timeout[layer : layer + 1]
             mailbox_wait(answered, box.table[layer, : shape.n_rows], timeout, self.ticket, table)
-        out, _ = paged_decode(grouped, near_keys, near_values, self.bounds, table, scaling, softcap=softcap)
+        out, self.lse[layer] = paged_decode(
+            grouped, near_keys, near_values, self.bounds, table, scaling, softcap=softcap
+        )
         return out.reshape(shape.n_rows, 1, -1, shape.value_dim)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from icecache import _core
-from icecache.attention.device import DeviceStep, Mailbox, StepShape
+from icecache.attention.device import DeviceStep, StepShape
+from icecache.attention.mass import add_mass, kept_sum
 from icecache.config import PAGE_TOKENS
 from icecache.errors import EngineError
 from icecache.pages import LayerPages
@@ -17,7 +19,8 @@ from icecache.pages.store import dtype_name
 from icecache.select import CANDIDATES_PER_PAGE, MIN_CANDIDATES, Services
 from icecache.transfer import ADDRESS_BITS, MailboxShape, MailboxTensors, open_mailbox
 
-
+MASS_EVERY = 8
+"""Steps per estimate of the attention mass kept: it costs some launches."""
 _LIVE = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.int64)
 """Number of bits set, by the upper 16 bits of a page word."""
 
@@ -34,6 +37,7 @@ class _Box:
     """Of these pages, as of the snapshot that is searched."""
     binding: int = 0
     in_flight: bool = False
+    n_steps: int = 0
 
 
 class EngineSearch:
@@ -53,7 +57,7 @@ class EngineSearch:
         self._boxes: dict[int, _Box] = {}
         self._memory: _core.HostMemory | None = None
 
-    def mailbox(self, shape: StepShape) -> Mailbox:
+    def mailbox(self, shape: StepShape) -> MailboxTensors:
         """Make the mailbox of steps of this shape.
 
         Raises
@@ -148,6 +152,11 @@ class EngineSearch:
         recorder.bytes_to_device += n_pages * PAGE_TOKENS * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
         live = _LIVE[words >> np.uint64(ADDRESS_BITS)].sum(-1)  # (L, R, H)
         recorder.attended(live + np.array(step.near_counts)[:, None])
+        held.n_steps += 1
+        attended = [x for x in step.lse if x is not None]
+        if held.n_steps % MASS_EVERY == 1 and attended:
+            kept = kept_sum(torch.stack(attended), held.tensors.lse[:, : shape.n_rows].numpy())
+            add_mass(self._services, shape.device, kept, sum(x.numel() for x in attended))
 
 
 def _forget(reference: weakref.ref[_Box], binding: int) -> None:

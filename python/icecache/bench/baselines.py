@@ -61,11 +61,11 @@ class StaticGraph:
     def __init__(self, model: PreTrainedModel, content: Content, n_new: int) -> None:
         self.model, self._before = model, model.config._attn_implementation
         shape = (content.n_rows, content.n_kv_heads, content.n_tokens + n_new, content.head_dim)
-        make = {"dtype": content.dtype, "device": content.device}
-        self.keys, self.values = [], []
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
         for keys, values in content.layers():
             for kept, part in ((self.keys, keys), (self.values, values)):
-                whole = torch.zeros(shape, **make)
+                whole = torch.zeros(shape, dtype=content.dtype, device=content.device)
                 whole[:, :, : content.n_tokens] = part
                 kept.append(whole)
         self._n = content.n_tokens
@@ -97,9 +97,10 @@ class StaticGraph:
 
         def call() -> torch.Tensor:
             out = self.model(self.ids, past_key_values=cache, position_ids=self.positions, use_cache=True)
-            return out.logits[:, -1:].argmax(-1)
+            logits: torch.Tensor = out.logits
+            return logits[:, -1:].argmax(-1)
 
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             call()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from icecache.attention import DeviceStep, Mailbox, StepShape
+from icecache.attention import DeviceStep, StepShape
 from icecache.config import PAGE_TOKENS
 from icecache.pages import LayerPages
 
@@ -28,14 +28,13 @@ class FixedPages:
         self._pool: torch.Tensor | None = None
         self._filled: set[int] = set()
 
-    def mailbox(self, shape: StepShape) -> Mailbox | None:
-        """Nobody is asked."""
+    def mailbox(self, shape: StepShape) -> None:
+        """Pin the pages to choose from; nobody is asked."""
         page = PAGE_TOKENS * (shape.key_dim + shape.value_dim)
         n_pages = _POOL_BYTES // (page * shape.dtype.itemsize)
         self._pool = torch.empty(n_pages, page, dtype=shape.dtype, pin_memory=True)
         self._pool[:64].normal_(generator=self._generator)
         self._pool[64:] = self._pool[:64].repeat(n_pages // 64, 1)[: n_pages - 64]
-        return None
 
     def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:  # noqa: ARG002
         """Fill the table once with `n_pages` full pages a head."""

@@ -136,12 +136,27 @@ def _short(line: dict[str, object]) -> dict[str, object]:
 
 def table(lines: Sequence[dict[str, object]]) -> str:
     """Text table of saved cells, one row each."""
-    header = ["context", "batch", "method", "budget", "TPOT ms p50", "p99", "search us", "fill s", "first ms", "device GiB", "host GiB"]
+    header = [
+        "context",
+        "batch",
+        "method",
+        "budget",
+        "TPOT ms p50",
+        "p99",
+        "search us",
+        "fill s",
+        "first ms",
+        "device GiB",
+        "host GiB",
+    ]
     rows = [header]
     for line in lines:
         cell = line["cell"]
         assert isinstance(cell, dict)
-        figures = ["-" if line[name] != line[name] else f"{line[name]:.2f}" for name in ("tpot_ms_p50", "tpot_ms_p99", "search_us_layer", "fill_s", "first_ms")]
+        figures = [
+            "-" if line[name] != line[name] else f"{line[name]:.2f}"
+            for name in ("tpot_ms_p50", "tpot_ms_p99", "search_us_layer", "fill_s", "first_ms")
+        ]
         gib = [f"{float(str(line[name])) / 2**30:.2f}" for name in ("kv_device_bytes", "kv_host_bytes")]
         budget = str(cell["budget"]) if cell["budget"] else "all"
         rows.append([str(cell["context"]), str(cell["batch"]), str(cell["method"]), budget, *figures, *gib])

@@ -34,10 +34,11 @@ class Content:
         """Keys and values ``(B, H, n, D)`` of one layer after the other; the same ones for the same seed."""
         generator = torch.Generator(self.device).manual_seed(self.seed)
         shape = (self.n_rows, self.n_kv_heads, self.n_tokens, self.head_dim)
-        options = {"generator": generator, "device": self.device}
         for _ in range(self.n_layers):
-            centres = torch.randn(self.n_kv_heads * _CLUSTERS, self.head_dim, **options).to(self.dtype)
-            picks = torch.randint(_CLUSTERS, shape[:3], **options)
+            centres = torch.randn(
+                self.n_kv_heads * _CLUSTERS, self.head_dim, generator=generator, device=self.device
+            ).to(self.dtype)
+            picks = torch.randint(_CLUSTERS, shape[:3], generator=generator, device=self.device)
             picks += torch.arange(self.n_kv_heads, device=self.device)[None, :, None] * _CLUSTERS
             keys = torch.empty(shape, dtype=self.dtype, device=self.device).normal_(0, 0.5, generator=generator)
             keys += centres[picks]

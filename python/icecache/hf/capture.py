@@ -90,7 +90,7 @@ def capture(forward: Forward, now: Step, step: DeviceStep, request: Request, *, 
 def _graph(
     forward: Forward, now: Step, step: DeviceStep, request: Request, inputs: dict[str, torch.Tensor]
 ) -> Captured:
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):  # workspaces of some libraries are allocated at the second call only
@@ -104,9 +104,7 @@ def _graph(
     return Captured(inputs, kind, fields, lambda _now, _request: graph.replay())
 
 
-def _call(
-    forward: Forward, now: Step, step: DeviceStep, request: Request, inputs: dict[str, torch.Tensor]
-) -> object:
+def _call(forward: Forward, now: Step, step: DeviceStep, request: Request, inputs: dict[str, torch.Tensor]) -> object:
     """Run the forward on static buffers; the cache is as before afterwards."""
     length = request.length
     now.device = step
@@ -127,7 +125,7 @@ def _parts(output: object) -> tuple[type[ModelOutput], dict[str, object]]:
 
 
 def _static_inputs(request: Request) -> dict[str, torch.Tensor]:
-    """Copies of the inputs; positions are always among them, or they would be constants of the graph."""
+    """Copy the inputs; positions are always among them, or they would be constants of the graph."""
     ids = request.inputs["input_ids"]
     inputs = {name: x.clone() for name, x in request.inputs.items()}
     if "position_ids" not in inputs:

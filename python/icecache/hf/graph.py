@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from icecache import _core
-from icecache.attention import DeviceStep, EngineSearch, Mailbox, StepShape
+from icecache.attention import DeviceStep, EngineSearch, StepShape
 from icecache.config import PAGE_TOKENS
 from icecache.errors import EngineError
 from icecache.hf.capture import Captured, capture
@@ -24,6 +24,7 @@ from icecache.hf.request import NotCapturableError, Request, read_request
 from icecache.hf.step import Engine, Step, current_step
 from icecache.pages import LayerPages
 from icecache.select import TreeSearch
+from icecache.transfer import MailboxTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +36,7 @@ _SLOW = "decode steps are not captured in a CUDA graph and run op by op, which i
 class Search(Protocol):
     """Who chooses the pages of a step: the host's workers, or a fixed choice in benchmarks."""
 
-    def mailbox(self, shape: StepShape) -> Mailbox | None:
+    def mailbox(self, shape: StepShape) -> MailboxTensors | None:
         """Make a mailbox for steps of this shape; None: the table is filled by somebody else.
 
         Raises EngineError if there can be none.
@@ -161,12 +162,13 @@ class GraphDecoder:
         step.write_state(ticket, request.pages[0].near)
         captured.run(now, request)
         if self.graph:
-            self._done = torch.cuda.Event()
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
         for layer in request.layers:
             layer.commit_one()
         now.n_attention_calls += len(request.layers)
-        return captured.output(request)
+        output: object = captured.output(request)
+        return output
 
     def _captured_for(self, now: Step, step: DeviceStep, request: Request) -> Captured:
         step.hold([pages.near for pages in request.pages])
@@ -200,8 +202,9 @@ class GraphDecoder:
 
 
 def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
-    """Make a decoder for a model that is being wrapped; None: its steps stay eager, after a warning unless that is
-    what was asked for, or there is no GPU.
+    """Make a decoder for a model that is being wrapped.
+
+    None: its steps stay eager; that is a warning unless it was asked for, or there is no GPU.
     """
     services, selector = engine.services, engine.services.selector
     if engine.config.decode == "eager" or not torch.cuda.is_available() or torch.version.hip is not None:

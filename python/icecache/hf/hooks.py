@@ -71,7 +71,9 @@ class ModelHooks:
         ]
 
     def decode_with(self, decoder: GraphDecoder) -> None:
-        """Let `decoder` serve the decode steps it can serve."""
+        """Let `decoder` serve the decode steps it can serve, instead of the one before."""
+        if self.decoder is not None:
+            self.decoder.remove()
         decoder.install(self._names)
         self.decoder = decoder
 

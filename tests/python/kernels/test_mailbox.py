@@ -92,12 +92,12 @@ def test_a_worker_answers_round_after_round():
 
 def test_a_wrong_argument_is_named():
     q, box, word = torch.zeros(1, 2, 2, 16, device=DEVICE), _host(1, 2, 2, 8), _word(1)
-    with pytest.raises(ValueError, match="^box:"):
+    with pytest.raises(ValueError, match=r"^box:"):
         mailbox_post(q, box, _host(1), word)
-    with pytest.raises(ValueError, match="^request:"):
+    with pytest.raises(ValueError, match=r"^request:"):
         mailbox_post(q, _host(*q.shape, dtype=q.dtype), _host(1, dtype=torch.int64), word)
     table = torch.zeros(1, 2, 4, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="^answer:"):
+    with pytest.raises(ValueError, match=r"^answer:"):
         mailbox_wait(_host(1), _host(1, 2, 3, dtype=torch.int64), _host(1), word, table)
 
 

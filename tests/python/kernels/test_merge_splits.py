@@ -43,9 +43,9 @@ def test_the_result_is_rounded_once():
 
 def test_a_wrong_argument_is_named():
     out, lse = _case()
-    with pytest.raises(ValueError, match="^out:"):
+    with pytest.raises(ValueError, match=r"^out:"):
         merge_splits(out.half(), lse, torch.float32)
-    with pytest.raises(ValueError, match="^lse:"):
+    with pytest.raises(ValueError, match=r"^lse:"):
         merge_splits(out, lse[:, :, :2], torch.float32)
 
 

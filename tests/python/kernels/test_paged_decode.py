@@ -110,7 +110,7 @@ def test_keys_and_values_of_a_page_may_lie_anywhere_in_its_rows():
 
 
 def test_values_may_have_another_width_than_keys():
-    q, (near_keys, near_values, bounds), (_, table, counts) = _case(d=64, k=0)
+    q, (near_keys, near_values, bounds), (_, table, _) = _case(d=64, k=0)
     case = (q, (near_keys, near_values[..., :32], bounds))
     out, _ = paged_decode(q, *case[1], torch.zeros(2, 2, 0, dtype=torch.int64, device=DEVICE), 0.125)
     whole, _ = paged_decode(q, near_keys, near_values, bounds, torch.zeros_like(table, dtype=torch.int64), 0.125)

@@ -40,11 +40,11 @@ def test_a_column_outside_of_the_buffer_is_not_written(stop):
 
 def test_a_wrong_argument_is_named():
     keys, values, near_keys, near_values, bounds = _case()
-    with pytest.raises(ValueError, match="^keys:"):
+    with pytest.raises(ValueError, match=r"^keys:"):
         window_append(keys.half(), values, near_keys, near_values, bounds)
-    with pytest.raises(ValueError, match="^near_values:"):
+    with pytest.raises(ValueError, match=r"^near_values:"):
         window_append(keys, values, near_keys, near_values[:, :, :5], bounds)
-    with pytest.raises(ValueError, match="^bounds:"):
+    with pytest.raises(ValueError, match=r"^bounds:"):
         window_append(keys, values, near_keys, near_values, bounds.long())
 
 

@@ -20,11 +20,11 @@ ALLOWED = {
     "config": {"errors"},
     **{layer: BASE | {"stats", *FLOW[:i]} for i, layer in enumerate(FLOW)},
     "stats": {"errors"},
-    "bench": BASE | {"index"},
+    "bench": BASE | {"kernels", "stats", *FLOW},
     "eval": BASE | {"bench", "stats", *FLOW},
     "demo": BASE | {"eval", "bench", "stats", *FLOW},
     "doctor": BASE | {"eval", "index"},
-    "cli": BASE | {"demo", "doctor", "eval"},
+    "cli": BASE | {"bench", "demo", "doctor", "eval"},
     "__init__": BASE | {"index", "runtime", "stats"},
 }
 ALLOWED["attention"] = ALLOWED["attention"] | {"kernels"}
