@@ -12,7 +12,7 @@ from icecache.config import IceConfig
 from icecache.errors import CacheStateError, ConfigError
 from icecache.hf import Engine, ModelHooks, adopt, decoder_for, register
 from icecache.index.pool import shared_pool
-from icecache.pages import Stores
+from icecache.pages import Offload, Stores
 from icecache.policies import make_policy
 from icecache.select import Services
 from icecache.stats import Recorder, RuntimeStats, Trace
@@ -48,6 +48,7 @@ class IceRuntime:
             recorder=self._recorder,
             selector=chosen.selector,
             n_pages=config.retrieved_pages,
+            offload=Offload(pool),
         )
         register()
         self._engine = Engine(
@@ -107,6 +108,7 @@ class IceRuntime:
         if not self._engine.closed:
             self._engine.closed = True
             self._hooks.remove()
+            self._services.offload.close()
         return self.model
 
     def __enter__(self) -> IceRuntime:

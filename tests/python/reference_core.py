@@ -31,7 +31,13 @@ class Pool:
 
 class PageStore:
     def __init__(
-        self, key_dim: int, value_dim: int, dtype: str, *, limit_bytes: int | None = None, memory: object = None
+        self,
+        key_dim: int,
+        value_dim: int,
+        dtype: str,
+        *,
+        limit_bytes: int | None = None,
+        memory: object = None,  # noqa: ARG002
     ) -> None:
         self.key_dim, self.value_dim, self.dtype, self.limit_bytes = key_dim, value_dim, dtype, limit_bytes
         self.page_bytes = PAGE * (key_dim + value_dim) * _ITEM_BYTES[dtype]

@@ -276,11 +276,15 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self.lazy_initialization(keys, values)
         self._length = keys.shape[-2]
         self._keep(keys, values, valid)
+        if self._pages is not None:
+            self._pages.settle()
 
     def settle_dense(self, valid: torch.Tensor | None) -> None:
         """Page in a short layer that is longer than this engine's ``dense_below``; `valid` as in `load`."""
         if self._dense is not None and self._length >= self.engine.config.dense_below:
             self._keep(*self._dense, valid)
+            if self._pages is not None:
+                self._pages.settle()
 
     def expects(self, key: torch.Tensor, value: torch.Tensor) -> tuple[bool, bool]:
         """Whether (key, value) are the tensors of the last `update`."""
@@ -372,12 +376,22 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         services = self.engine.services
         self._pages = LayerPages.build(
-            self.engine.layout, self.layer_idx, services.stores, services.pool, services.recorder, keys, values, valid
+            self.engine.layout,
+            self.layer_idx,
+            services.stores,
+            services.pool,
+            services.recorder,
+            keys,
+            values,
+            valid,
+            services.offload if keys.is_cuda else None,
         )
         self._dense = None
 
     def finish(self) -> None:
-        """End of a step: commit what waited for sharing layers."""
+        """End of a step: commit what waited for sharing layers; a prompt has arrived on the host when this returns."""
+        if self._pages is not None:
+            self._pages.settle()
         if self._deferred is not None and self._pages is not None:
             (keys, values), valid = self._deferred
             self._deferred = None
@@ -388,6 +402,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     def roll_back(self, length: int) -> None:
         """Undo an unfinished step: be `length` positions long again."""
         self._staged = self._before_chunk = self._last = self._deferred = None
+        if self._pages is not None:
+            self._pages.settle(check=False)
         if length == 0:
             self._forget()
             return

@@ -7,6 +7,7 @@ from icecache.pages.layer import Layout as Layout
 from icecache.pages.layer import drain as drain
 from icecache.pages.near import NearBuffer as NearBuffer
 from icecache.pages.near import NearRow as NearRow
+from icecache.pages.offload import Offload as Offload
 from icecache.pages.padding import PaddingLog as PaddingLog
 from icecache.pages.store import Stores as Stores
 from icecache.pages.store import as_bytes as as_bytes

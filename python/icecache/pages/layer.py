@@ -7,14 +7,16 @@ Forest token ``i`` of a row is its position ``sink_tokens + i``. Tokens move fro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
 from icecache import _core
 from icecache.config import PAGE_TOKENS
-from icecache.errors import BadTensorError, PoolExhaustedError
+from icecache.pages.move import Move, insert
 from icecache.pages.near import NearBuffer, NearRow
+from icecache.pages.offload import Departure, Offload, wait
 from icecache.pages.padding import PaddingLog
 from icecache.pages.store import Stores, as_bytes, to_host, to_host_together
 from icecache.stats import Recorder
@@ -27,17 +29,6 @@ class Layout:
     sink_tokens: int
     window_tokens: int
     keeps_middle: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """Tokens on their way to one forest, as host tensors ``[H, n, D]``."""
-
-    layer: int
-    row: int
-    forest: _core.Forest
-    keys: torch.Tensor
-    values: torch.Tensor
 
 
 class LayerPages:
@@ -56,6 +47,7 @@ class LayerPages:
         self.near, self.forests, self.padding = near, forests, padding
         self.forgotten = [0] * near.n_rows
         """Middle tokens dropped for good, per row; stays 0 unless the layout forgets the middle."""
+        self._job: Future[None] | None = None
         self.changes = 0
         """How often the forests were written to: whoever searches a snapshot knows by it when to take a new one."""
 
@@ -70,6 +62,7 @@ class LayerPages:
         keys: torch.Tensor,
         values: torch.Tensor,
         valid: torch.Tensor | None,
+        offload: Offload | None = None,
     ) -> LayerPages:
         """Take over a whole prompt.
 
@@ -79,6 +72,8 @@ class LayerPages:
             (n_rows, n_kv_heads, n_positions, dim), any device.
         valid : torch.Tensor or None
             Bool (n_rows, n_positions) on the CPU; False: padding. None: no padding.
+        offload : Offload or None
+            Takes the tokens to the host in the background; call `settle` before anything else then.
 
         Raises
         ------
@@ -89,7 +84,7 @@ class LayerPages:
         store = stores.get(key_dim, values.shape[-1], keys.dtype, keys.device)
         padding = PaddingLog(n_rows)
         padding.append(n_positions, valid)
-        near, moves, forests, forgotten = [], [], [], []
+        near, leaving, forests, forgotten = [], [], [], []
         for b in range(n_rows):
             row_keys, row_values = valid_tokens(keys[b], valid, b), valid_tokens(values[b], valid, b)
             n_tokens = row_keys.shape[1]
@@ -100,13 +95,27 @@ class LayerPages:
             if layout.keeps_middle:
                 forests.append(_core.Forest(store, n_heads))
             if layout.keeps_middle and first > sink:
-                with recorder.part("prefill_offload"):
-                    middle = to_host(row_keys[:, sink:first]), to_host(row_values[:, sink:first])
-                moves.append(Move(layer, b, forests[b], *middle))
-        insert(pool, recorder, moves)
+                leaving.append(Departure(layer, b, forests[b], row_keys[:, sink:first], row_values[:, sink:first]))
         pages = cls(layout, layer, store, NearBuffer(near, layout.sink_tokens), forests, padding)
+        if leaving and offload is not None:
+            pages._job = offload.submit(recorder, leaving)
+        elif leaving:
+            with recorder.part("prefill_offload"):
+                moves = [Move(d.layer, d.row, d.forest, to_host(d.keys), to_host(d.values)) for d in leaving]
+            insert(pool, recorder, moves)
         pages.forgotten = forgotten
         return pages
+
+    def settle(self, *, check: bool = True) -> None:
+        """Wait for a prompt that is still on its way to the host.
+
+        Raises
+        ------
+        BadTensorError, PoolExhaustedError
+            If it could not be stored, and `check` is set; the pages are useless then.
+        """
+        job, self._job = self._job, None
+        wait(job, check=check)
 
     @property
     def n_rows(self) -> int:
@@ -218,35 +227,6 @@ def read_back(
     if stop > start:
         forest.read(start, stop, as_bytes(keys), as_bytes(values))
     return keys.to(like_keys.device), values.to(like_values.device)
-
-
-def insert(pool: _core.Pool, recorder: Recorder, moves: Sequence[Move]) -> None:
-    """Put tokens into their forests, all or nothing per row.
-
-    Raises
-    ------
-    BadTensorError
-        If keys or values hold NaN or infinity; names the layer and the row.
-    PoolExhaustedError
-        If the page store's limit is reached.
-    """
-    by_shape: dict[tuple[int, int, torch.dtype], list[Move]] = {}
-    for move in moves:
-        by_shape.setdefault((move.keys.shape[-1], move.values.shape[-1], move.keys.dtype), []).append(move)
-    for group in by_shape.values():
-        keys, values = [as_bytes(m.keys) for m in group], [as_bytes(m.values) for m in group]
-        try:
-            with recorder.part("index_build"):
-                _core.extend(pool, [m.forest for m in group], keys, values)
-        except MemoryError as error:
-            raise PoolExhaustedError(str(error)) from error
-        except ValueError as error:
-            for m in group:
-                if not bool(torch.isfinite(m.keys).all()):
-                    msg = f"layer {m.layer}, row {m.row}: keys hold NaN or infinity; the index is unchanged"
-                    raise BadTensorError(msg) from error
-            raise
-        recorder.bytes_to_host += sum(a.nbytes for a in keys) + sum(a.nbytes for a in values)
 
 
 def drain(pool: _core.Pool, recorder: Recorder, layers: Sequence[LayerPages]) -> None:

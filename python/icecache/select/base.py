@@ -13,7 +13,7 @@ import torch
 from icecache import _core
 from icecache.config import PAGE_TOKENS
 from icecache.errors import BadTensorError
-from icecache.pages import LayerPages, Stores, drain
+from icecache.pages import LayerPages, Offload, Stores, drain
 from icecache.stats import Recorder, Trace
 from icecache.transfer import Fetched, Staging
 
@@ -86,6 +86,7 @@ class Services:
     recorder: Recorder
     selector: Selector | None
     n_pages: int
+    offload: Offload
     trace: Trace | None = None
     mass: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     """Sum of the estimated mass kept, on each device: read only when somebody asks, so a step need not wait."""

@@ -1,0 +1,101 @@
+"""Take prompts off a GPU in the background: copies and packing of one layer run while the GPU computes the next ones.
+
+One thread, one job a layer, in order. At most `DEPTH` layers wait: whoever brings another one waits too, so that the
+keys and values of a few layers, and not of all, are on the device at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from icecache import _core
+from icecache.pages.move import Move, insert
+from icecache.stats import Recorder
+
+DEPTH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Tokens of one row on the device, as views ``[H, n, D]``, and where they go."""
+
+    layer: int
+    row: int
+    forest: _core.Forest
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class Offload:
+    """The background thread of one runtime; it starts with its first job.
+
+    Parameters
+    ----------
+    pool : Pool
+        Whose threads pack.
+    """
+
+    def __init__(self, pool: _core.Pool) -> None:
+        self._pool = pool
+        self._slots = threading.Semaphore(DEPTH)
+        self._thread: ThreadPoolExecutor | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def submit(self, recorder: Recorder, departures: Sequence[Departure]) -> Future[None]:
+        """Queue what was enqueued on the current stream so far; waits while `DEPTH` layers are under way.
+
+        The tensors are kept until they are copied. The result raises what :func:`insert` raises.
+        """
+        self._slots.acquire()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="icecache-offload")
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ready.record()
+        return self._thread.submit(self._run, recorder, list(departures), ready)
+
+    def close(self) -> None:
+        """End the thread once its jobs are done."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
+
+    def _run(self, recorder: Recorder, departures: list[Departure], ready: torch.cuda.Event) -> None:
+        try:
+            with recorder.part("prefill_offload"):
+                moves = self._copied(departures, ready)
+            departures.clear()  # the device's memory is free from here on
+            insert(self._pool, recorder, moves)
+        finally:
+            self._slots.release()
+
+    def _copied(self, departures: Sequence[Departure], ready: torch.cuda.Event) -> list[Move]:
+        device = departures[0].keys.device
+        with torch.inference_mode(), torch.cuda.device(device):
+            stream = self._streams.get(device)
+            if stream is None:
+                stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(stream):
+                stream.wait_event(ready)
+                moves = [Move(d.layer, d.row, d.forest, _staged(d.keys), _staged(d.values)) for d in departures]
+            stream.synchronize()  # sync: this thread only
+        return moves
+
+
+def _staged(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy to page-locked memory on the current stream; torch keeps such memory for the next time."""
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor.detach(), non_blocking=True)
+
+
+def wait(job: Future[None] | None, *, check: bool) -> None:
+    """Wait for a job; with `check`, raise what it raised."""
+    if job is None:
+        return
+    error = job.exception()
+    if check and error is not None:
+        raise error
