@@ -9,6 +9,7 @@ mod model;
 mod paper;
 mod paper_profiles;
 mod properties;
+mod steps;
 mod support;
 mod vector;
 mod vector_format;

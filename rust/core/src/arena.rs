@@ -5,7 +5,6 @@
 //! given back by flipping its bit in its slab (`free.rs`).
 
 use std::alloc::Layout;
-use std::fmt;
 use std::ptr::NonNull;
 
 use crate::config::PAGE_TOKENS;
@@ -14,6 +13,8 @@ use crate::free::{FreeBits, Lowest};
 use crate::ids::{PageId, PageRef};
 use crate::layout::PageLayout;
 use crate::simd::instruction_set;
+use crate::retire::Retired;
+use crate::slabs::{HeapSlabs, SlabAllocator};
 use crate::slot::Once;
 use crate::sync::{Arc, AtomicU32, AtomicUsize, Ordering, Site, Tracks, acquire, release};
 
@@ -24,92 +25,6 @@ const FIRST_BUCKET: usize = 16;
 const N_BUCKETS: usize = 24;
 /// Alignment of slabs, and so of pages.
 const ALIGN: usize = 64;
-
-/// Where the memory of a store comes from; the runtime supplies pinned memory through this.
-///
-/// # Safety
-/// `allocate` returns zeroed memory of the given size and alignment that nobody else uses until it is given back to
-/// `deallocate`.
-pub unsafe trait SlabAllocator: Send + Sync + fmt::Debug {
-    /// Zeroed memory.
-    ///
-    /// # Errors
-    /// [`Error::OutOfMemory`] or [`Error::HostMemory`] when there is none.
-    fn allocate(&self, layout: Layout) -> Result<NonNull<u8>>;
-    /// Takes memory back.
-    ///
-    /// # Safety
-    /// `slab` came from `allocate` of this allocator with the same `layout` and is not used afterwards.
-    unsafe fn deallocate(&self, slab: NonNull<u8>, layout: Layout);
-}
-
-/// Pageable memory from the global allocator, committed by the system when a page is first written.
-///
-/// The alignment is made here: asked for more than its natural alignment, the allocator clears the memory by hand, which
-/// commits all of it at once (measured: 32 MiB and 59 ms for a store of one page).
-#[derive(Debug, Default, Clone, Copy)]
-pub struct HeapSlabs;
-
-impl HeapSlabs {
-    /// What is really asked for: room for the alignment, and before it for the distance to the start.
-    fn padded(layout: Layout) -> Option<Layout> {
-        let natural = 2 * size_of::<usize>();
-        Layout::from_size_align(layout.size().checked_add(layout.align().max(natural))?, natural).ok()
-    }
-}
-
-// SAFETY: the memory comes zeroed from `alloc_zeroed`, `layout.size()` bytes follow the returned address, and that
-// address is a multiple of the alignment.
-unsafe impl SlabAllocator for HeapSlabs {
-    fn allocate(&self, layout: Layout) -> Result<NonNull<u8>> {
-        let none = Error::OutOfMemory { bytes: layout.size() };
-        let Some(padded) = Self::padded(layout) else { return Err(none) };
-        // SAFETY: `padded` has at least the natural alignment's bytes, so its size is not 0.
-        let Some(start) = NonNull::new(unsafe { std::alloc::alloc_zeroed(padded) }) else { return Err(none) };
-        let align = layout.align().max(padded.align());
-        // At least the natural alignment, because the start is a multiple of that: room for one usize.
-        let offset = align - start.as_ptr() as usize % align;
-        // SAFETY: `offset <= align`, and `padded` is larger than the layout by `align`.
-        let slab = unsafe { start.add(offset) };
-        // SAFETY: the `usize` before `slab` lies within the allocation, because `offset >= 2 * size_of::<usize>()`.
-        let note = unsafe { slab.cast::<usize>().sub(1) };
-        // SAFETY: as above; `slab` and so `note` are aligned for a usize, and nobody else knows the memory yet.
-        unsafe { note.write(offset) };
-        ask_for_huge_pages(slab, layout.size());
-        Ok(slab)
-    }
-
-    unsafe fn deallocate(&self, slab: NonNull<u8>, layout: Layout) {
-        let Some(padded) = Self::padded(layout) else { return };
-        // SAFETY: `allocate` made `slab` with this layout, so the `usize` before it is part of the allocation.
-        let note = unsafe { slab.cast::<usize>().sub(1) };
-        // SAFETY: `allocate` wrote it, and the slab's users write behind `slab` only.
-        let offset = unsafe { note.read() };
-        // SAFETY: `slab` lies `offset` bytes behind the start of the allocation.
-        let start = unsafe { slab.sub(offset) };
-        // SAFETY: `start` came from `alloc_zeroed` with the same layout.
-        unsafe { std::alloc::dealloc(start.as_ptr(), padded) }
-    }
-}
-
-/// Asks the system to back fresh memory by huge pages, one fault for 2 MiB instead of 512; where it says no, nothing
-/// changes. A build of 36,864 keys of dim 128, float32, with values: 2.4 -> 1.9 us a key (2 shared cores, AMD EPYC).
-#[cfg(all(target_os = "linux", not(miri)))]
-fn ask_for_huge_pages(memory: NonNull<u8>, bytes: usize) {
-    const HUGE_PAGE: usize = 2 << 20;
-    let before = memory.as_ptr().align_offset(HUGE_PAGE);
-    let inside = bytes.saturating_sub(before) / HUGE_PAGE * HUGE_PAGE;
-    if inside == 0 {
-        return;
-    }
-    // SAFETY: `before + inside <= bytes`, so the start lies inside the allocation.
-    let start = unsafe { memory.add(before) };
-    // SAFETY: the range lies inside an allocation of ours; the advice does not change what the memory holds.
-    let _ = unsafe { libc::madvise(start.as_ptr().cast(), inside, libc::MADV_HUGEPAGE) };
-}
-
-#[cfg(not(all(target_os = "linux", not(miri))))]
-fn ask_for_huge_pages(_: NonNull<u8>, _: usize) {}
 
 /// Options of a store.
 #[derive(Debug)]
@@ -159,8 +74,9 @@ pub struct PageStore {
     n_slabs: AtomicUsize,
     /// Where to look for free pages first.
     lowest: Lowest,
-    /// Pages leased, or promised to a lease that is being filled.
+    /// Pages leased, promised to a lease that is being filled, or waiting for a step to end.
     used_pages: AtomicUsize,
+    pub(crate) retired: Retired,
 }
 
 impl PageStore {
@@ -191,6 +107,7 @@ impl PageStore {
             n_slabs: AtomicUsize::new(0),
             lowest: Lowest::default(),
             used_pages: AtomicUsize::new(0),
+            retired: Retired::default(),
         }))
     }
 
@@ -206,7 +123,7 @@ impl PageStore {
         self.page_bytes
     }
 
-    /// Bytes of the pages in use.
+    /// Bytes of the pages in use, those that wait for a step to end included.
     #[must_use]
     pub fn used_bytes(&self) -> usize {
         // Relaxed: a statistic, it orders nothing.
@@ -309,7 +226,7 @@ impl PageStore {
             return Err(Error::MemoryLimit { needed: bytes(n), available: bytes(self.limit_pages - used) });
         }
         // From here on the lease gives back what it has, should memory be out.
-        let mut lease = Lease { store: Arc::clone(self), pages: Vec::with_capacity(n) };
+        let mut lease = Lease { store: Arc::clone(self), pages: Vec::with_capacity(n), exposed: false };
         loop {
             let n_slabs = self.n_slabs.load(acquire(Site::Pointer));
             self.take_free(n_slabs, n, &mut lease.pages);
@@ -367,17 +284,32 @@ impl PageStore {
         Ok(())
     }
 
-    fn give_back(&self, pages: &[PageRef]) {
+    fn give_back(&self, pages: &[PageRef], exposed: bool) {
         if pages.is_empty() {
             return;
         }
-        let words = FreeBits::words(1 << self.slab_shift);
-        let mut lowest = usize::MAX;
+        // At once, whoever may still read the memory: the name is stale from here on.
         for page in pages {
             let (number, offset) = self.place(page.id);
             if let Some(slab) = self.slab(number) {
                 // Release: pairs with the Acquire in `is_current`.
                 slab.generations[offset].fetch_add(1, release(Site::Free));
+            }
+        }
+        if exposed {
+            self.retired.retire(pages, |pages| self.free(pages));
+        } else {
+            self.free(pages);
+        }
+    }
+
+    /// Makes pages available that nobody can read any more.
+    pub(crate) fn free(&self, pages: &[PageRef]) {
+        let words = FreeBits::words(1 << self.slab_shift);
+        let mut lowest = usize::MAX;
+        for page in pages {
+            let (number, offset) = self.place(page.id);
+            if let Some(slab) = self.slab(number) {
                 lowest = lowest.min(number * words + slab.free.give(offset));
             }
         }
@@ -402,6 +334,8 @@ impl Drop for PageStore {
 pub(crate) struct Lease {
     store: Arc<PageStore>,
     pages: Vec<PageRef>,
+    /// Whether anybody else may have seen the pages.
+    exposed: bool,
 }
 
 impl Lease {
@@ -413,15 +347,22 @@ impl Lease {
         &self.pages
     }
 
+    /// The same pages, from now on in sight of others: when they are freed, they wait for the steps under way.
+    pub(crate) fn exposed(mut self) -> Self {
+        self.exposed = true;
+        self
+    }
+
     /// Splits off the first `n` pages.
     pub(crate) fn take(&mut self, n: usize) -> Self {
         let rest = self.pages.split_off(n);
-        Self { store: Arc::clone(&self.store), pages: std::mem::replace(&mut self.pages, rest) }
+        let pages = std::mem::replace(&mut self.pages, rest);
+        Self { store: Arc::clone(&self.store), pages, exposed: self.exposed }
     }
 
     /// No pages.
     pub(crate) fn empty(store: &Arc<PageStore>) -> Self {
-        Self { store: Arc::clone(store), pages: Vec::new() }
+        Self { store: Arc::clone(store), pages: Vec::new(), exposed: false }
     }
 
     /// Adds the pages of other leases of the same store.
@@ -429,12 +370,13 @@ impl Lease {
         for mut lease in more {
             debug_assert!(Arc::ptr_eq(&self.store, &lease.store), "leases of one store");
             self.pages.append(&mut lease.pages);
+            self.exposed |= lease.exposed;
         }
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.store.give_back(&self.pages);
+        self.store.give_back(&self.pages, self.exposed);
     }
 }

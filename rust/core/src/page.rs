@@ -92,7 +92,7 @@ impl SealedPages {
             counts.push(rows.len() as u8);
         }
         assert_eq!(counts.len(), lease.pages().len(), "one page of the lease per page of rows");
-        Self { lease, counts: counts.into_boxed_slice() }
+        Self { lease: lease.exposed(), counts: counts.into_boxed_slice() }
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -154,7 +154,7 @@ impl OpenPage {
     pub(crate) fn new(lease: Lease) -> Self {
         assert_eq!(lease.pages().len(), 1, "an open page owns one page");
         Self {
-            lease,
+            lease: lease.exposed(),
             reserved: AtomicU32::new(0),
             published: AtomicU32::new(0),
             tokens: std::array::from_fn(|_| AtomicU32::new(0)),
