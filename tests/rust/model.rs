@@ -17,6 +17,7 @@ enum Step {
     Fork { which: usize },
     Drop { which: usize },
     Remove { which: usize, n: usize, seed: u64 },
+    Compact { which: usize, percent: usize },
     Read { which: usize, start: usize, n: usize },
     Search { which: usize, k: usize, exact: bool, seed: u64 },
 }
@@ -29,7 +30,8 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (which.clone(), any::<usize>()).prop_map(|(which, n)| Step::Crop { which, n }),
         2 => which.clone().prop_map(|which| Step::Fork { which }),
         1 => which.clone().prop_map(|which| Step::Drop { which }),
-        2 => (which.clone(), 1..60_usize, any::<u64>()).prop_map(|(which, n, seed)| Step::Remove { which, n, seed }),
+        2 => (which.clone(), 1..400_usize, any::<u64>()).prop_map(|(which, n, seed)| Step::Remove { which, n, seed }),
+        1 => (which.clone(), 0..101_usize).prop_map(|(which, percent)| Step::Compact { which, percent }),
         2 => (which.clone(), any::<usize>(), 0..300_usize).prop_map(|(which, start, n)| Step::Read { which, start, n }),
         3 => (which, 0..80_usize, any::<bool>(), any::<u64>())
             .prop_map(|(which, k, exact, seed)| Step::Search { which, k, exact, seed }),
@@ -124,6 +126,9 @@ fn run(steps: &[Step]) {
                 for t in tokens {
                     pair.model[t] = None;
                 }
+            }
+            Step::Compact { which, percent } => {
+                pairs[which % n_pairs].forest.compact(&pool, percent as f32 / 100.0).unwrap();
             }
             Step::Read { which, start, n } => {
                 let pair = &pairs[which % n_pairs];

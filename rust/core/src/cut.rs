@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::Lease;
-use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
+use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS};
 use crate::snapshot::View;
-use crate::state::{Live, SegmentEntry, Tail, Tree};
+use crate::state::{SegmentEntry, Tail, Tree};
 use crate::sync::Arc;
 use crate::tail::pack_tail;
 
@@ -68,13 +68,7 @@ fn remove_sealed(entry: &mut SegmentEntry, tokens: &[usize], start: usize) -> us
         }
     }
     if removed > 0 {
-        let mut ln_counts = vec![f32::NEG_INFINITY; segment.summaries.ln_counts.len()];
-        for (ln_count, mask) in ln_counts.iter_mut().zip(&masks) {
-            // ln(0) is minus infinity: a page without live tokens has no mass.
-            *ln_count = (mask.count_ones() as f32).ln();
-        }
-        debug_assert!(masks.len() <= SEGMENT_PAGES, "at most 64 pages a segment");
-        entry.live = Some(Arc::new(Live { masks: masks.into_boxed_slice(), ln_counts: ln_counts.into_boxed_slice() }));
+        *entry = SegmentEntry::masked(Arc::clone(segment), masks);
     }
     removed
 }

@@ -20,7 +20,6 @@ pub(crate) const SUPER_SEGMENTS: usize = BLOCK / SEGMENT_GROUPS;
 pub(crate) struct GroupSummary {
     mean: (f32, Vec<i8>),
     variance: (f32, Vec<i8>),
-    n_tokens: usize,
 }
 
 impl GroupSummary {
@@ -37,7 +36,7 @@ impl GroupSummary {
         for key in members.iter().map(row) {
             (kernels().add_variance)(&mut variance, key, &mean, share);
         }
-        Self { mean: quantise(&mean), variance: quantise(&variance), n_tokens: members.len() }
+        Self { mean: quantise(&mean), variance: quantise(&variance) }
     }
 
     pub(crate) fn heap_bytes(&self) -> usize {
@@ -71,7 +70,7 @@ impl Lanes {
 pub(crate) struct SuperBlock {
     pub(crate) means: Lanes,
     pub(crate) variances: Lanes,
-    /// `ln` of the tokens; minus infinity for lanes without a group.
+    /// `ln` of the live tokens; minus infinity for lanes without any.
     pub(crate) ln_counts: [f32; BLOCK],
 }
 
@@ -86,7 +85,9 @@ impl SuperBlock {
                 let lane = j * SEGMENT_GROUPS + b;
                 means.set(lane, &group.mean);
                 variances.set(lane, &group.variance);
-                ln_counts[lane] = (group.n_tokens as f32).ln();
+                let pages = b * GROUP_PAGES..((b + 1) * GROUP_PAGES).min(entry.segment.n_pages());
+                let live: u32 = pages.map(|page| entry.mask(page).count_ones()).sum();
+                ln_counts[lane] = (live as f32).ln();
             }
         }
         Self { means, variances, ln_counts }
@@ -118,7 +119,7 @@ impl Segments {
     /// These segments and more.
     pub(crate) fn extended(&self, new: Vec<Arc<Segment>>) -> Self {
         let mut entries = self.entries.clone();
-        entries.extend(new.into_iter().map(|segment| SegmentEntry { segment, live: None }));
+        entries.extend(new.into_iter().map(SegmentEntry::whole));
         let mut supers = self.supers.clone();
         for group in entries.chunks_exact(SUPER_SEGMENTS).skip(supers.len()) {
             supers.push(Arc::new(SuperBlock::new(group)));
@@ -131,9 +132,14 @@ impl Segments {
         Self { entries: self.entries[..n].to_vec(), supers: self.supers[..n / SUPER_SEGMENTS].to_vec() }
     }
 
-    /// The same segments with other removals. Group summaries keep describing all tokens that were sealed.
+    /// As many segments, some of them with other removals or packed again.
     pub(crate) fn with_entries(&self, entries: Vec<SegmentEntry>) -> Self {
-        Self { entries, supers: self.supers.clone() }
+        let groups = entries.chunks_exact(SUPER_SEGMENTS).zip(self.entries.chunks_exact(SUPER_SEGMENTS));
+        let supers = self.supers.iter().zip(groups).map(|(block, (new, old))| {
+            let same = new.iter().zip(old).all(|(new, old)| new.is_same(old));
+            if same { Arc::clone(block) } else { Arc::new(SuperBlock::new(new)) }
+        });
+        Self { supers: supers.collect(), entries }
     }
 
     pub(crate) fn into_entries(self) -> Vec<SegmentEntry> {

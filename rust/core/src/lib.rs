@@ -14,6 +14,7 @@ mod arena;
 pub mod bench;
 mod brute;
 mod cell;
+mod compact;
 mod config;
 mod cut;
 mod digest;

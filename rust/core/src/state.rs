@@ -6,7 +6,7 @@ use crate::groups::Segments;
 use crate::layout::PageLayout;
 use crate::page::OpenPage;
 use crate::pending::Pending;
-use crate::segment::Segment;
+use crate::segment::{Segment, SegmentRow};
 use crate::slot::Slot;
 use crate::sync::Arc;
 use crate::tail::TailMeans;
@@ -28,6 +28,49 @@ pub(crate) struct SegmentEntry {
 }
 
 impl SegmentEntry {
+    pub(crate) fn whole(segment: Arc<Segment>) -> Self {
+        Self { segment, live: None }
+    }
+
+    /// A segment of which the tokens in `masks`, one per page, are live.
+    pub(crate) fn masked(segment: Arc<Segment>, masks: Vec<u16>) -> Self {
+        let mut ln_counts = vec![f32::NEG_INFINITY; segment.summaries.ln_counts.len()];
+        for (ln_count, mask) in ln_counts.iter_mut().zip(&masks) {
+            // ln(0) is minus infinity: a page without live tokens has no mass.
+            *ln_count = (mask.count_ones() as f32).ln();
+        }
+        let live = Live { masks: masks.into_boxed_slice(), ln_counts: ln_counts.into_boxed_slice() };
+        Self { segment, live: Some(Arc::new(live)) }
+    }
+
+    /// Whether both are the very same segment with the same removals.
+    pub(crate) fn is_same(&self, other: &Self) -> bool {
+        let live = match (&self.live, &other.live) {
+            (Some(live), Some(other)) => Arc::ptr_eq(live, other),
+            (None, None) => true,
+            _ => false,
+        };
+        live && Arc::ptr_eq(&self.segment, &other.segment)
+    }
+
+    /// Live tokens.
+    pub(crate) fn n_live(&self) -> usize {
+        (0..self.segment.n_pages()).map(|page| self.mask(page).count_ones() as usize).sum()
+    }
+
+    /// Live rows by their place in the segment, ascending.
+    pub(crate) fn rows(&self) -> Vec<SegmentRow<'_>> {
+        let pages = self.segment.pages();
+        let mut rows = Vec::with_capacity(self.segment.n_tokens());
+        for page in 0..pages.len() {
+            let live =
+                self.segment.locals(page).iter().enumerate().filter(|(slot, _)| self.mask(page) >> slot & 1 == 1);
+            rows.extend(live.map(|(slot, &local)| SegmentRow { local, row: pages.row(page, slot) }));
+        }
+        rows.sort_unstable_by_key(|row| row.local);
+        rows
+    }
+
     pub(crate) fn mask(&self, page: usize) -> u16 {
         self.live.as_ref().map_or_else(|| full_mask(self.segment.pages().count(page)), |live| live.masks[page])
     }

@@ -197,7 +197,7 @@ impl Inserter {
 }
 
 /// Live rows of an open page, in slot order, with their tokens.
-fn live_rows(entry: &TailEntry) -> Vec<(u32, Row<'_>)> {
+pub(crate) fn live_rows(entry: &TailEntry) -> Vec<(u32, Row<'_>)> {
     let slots = (0..entry.count as usize).filter(|slot| entry.dead >> slot & 1 == 0);
     slots.map(|slot| (entry.page.token(slot), entry.page.row(slot))).collect()
 }

@@ -3,11 +3,12 @@
 
 use super::quantised::QuantisedQueries;
 use super::scan::Scan;
-use crate::config::{GROUP_PAGES, MIN_PROBED_PART, SEGMENT_GROUPS};
+use crate::config::{MIN_PROBED_PART, SEGMENT_GROUPS};
 use crate::groups::{SUPER_SEGMENTS, SuperBlock};
 use crate::math::{rank_index, rank_key};
 use crate::simd::{BLOCK, Logit, kernels};
 use crate::snapshot::View;
+use crate::state::SegmentEntry;
 
 /// A group of queries in the forms the stages need.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +45,7 @@ impl Probe {
     }
 
     /// Fills `scan.blocks` with the groups that hold `probe_mass` of the estimated mass, best first, and at least
-    /// a sixth of the groups and `n_candidates` pages; and with all blocks that no super-block covers.
+    /// a sixth of the groups and `n_candidates` pages that hold a token; and with all blocks that no super-block covers.
     pub(crate) fn visit(
         &mut self,
         view: &View,
@@ -69,19 +70,26 @@ impl Probe {
         self.keys.extend(self.weights.iter().enumerate().map(|(i, &weight)| rank_key(weight, i as u32)));
         self.keys.sort_unstable_by(|a, b| b.cmp(a));
         // A sharp query makes the estimate overconfident; a floor costs little and halves the loss (README).
-        let fewest = n_candidates.div_ceil(GROUP_PAGES).max(n / MIN_PROBED_PART);
+        let fewest = n / MIN_PROBED_PART;
         let mut held = 0.0;
         let enough = self.keys.iter().position(|key| {
             held += self.weights[rank_index(*key) as usize];
             held >= probe_mass * group as f32
         });
-        let n_visited = enough.map_or(n, |place| place + 1).max(fewest).min(n);
+        let mut n_visited = enough.map_or(n, |place| place + 1).max(fewest).min(n);
+        // Removals may have left few pages in a group, or none.
+        let entries = &view.snapshot().segments;
+        let pages = |key: &u64| n_pages(entries, rank_index(*key) as usize);
+        let mut found: usize = self.keys[..n_visited].iter().map(pages).sum();
+        while found < n_candidates && n_visited < n {
+            found += pages(&self.keys[n_visited]);
+            n_visited += 1;
+        }
         self.set_left(n, n_visited);
         scan.blocks.clear();
         scan.blocks.extend(self.keys[..n_visited].iter().map(|key| rank_index(*key)));
         scan.blocks.sort_unstable();
         // Blocks of a segment with fewer pages than 64 do not exist.
-        let entries = &view.snapshot().segments;
         let exists = |block: u32| {
             let (j, b) = (block as usize / SEGMENT_GROUPS, block as usize % SEGMENT_GROUPS);
             b < entries[j].segment.summaries.n_blocks()
@@ -144,6 +152,13 @@ impl Probe {
             self.left.extend(left.iter().map(|key| logits[rank_index(*key) as usize]));
         }
     }
+}
+
+/// Pages of a super-group that hold a live token.
+fn n_pages(entries: &[SegmentEntry], group: usize) -> usize {
+    let ln_counts = entries[group / SEGMENT_GROUPS].ln_counts();
+    let lanes = ln_counts.get(group % SEGMENT_GROUPS * BLOCK..).unwrap_or_default();
+    lanes.iter().take(BLOCK).filter(|&&ln_count| ln_count >= 0.0).count()
 }
 
 /// What the spread of `exp(ln_count)` keys adds to the log-sum-exp at their mean, beyond `ln_count`.
