@@ -24,7 +24,12 @@ const PAGES: usize = 16;
 /// Tokens of one insertion: what leaves the window of a decode step.
 const BATCH: usize = 16;
 const SHARES: [f64; 7] = [0.0, 0.0625, 0.125, 0.25, 0.5, 0.75, 1.0];
-const WAYS: [(&str, Sealing); 2] = [("segments", Sealing::Segments), ("never", Sealing::Never)];
+const WAYS: [(&str, Sealing); 4] = [
+    ("segments", Sealing::Segments),
+    ("background", Sealing::Background),
+    ("tiers", Sealing::Tiers),
+    ("never", Sealing::Never),
+];
 
 /// Keys drawn by `keys.rs`, by their number, or the prefix of two files of little-endian floats: `PREFIX.k` with
 /// `[n, 128]` keys and `PREFIX.q` with `[queries, 4, 128]` queries.

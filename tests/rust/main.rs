@@ -10,6 +10,7 @@ mod model;
 mod paper;
 mod paper_profiles;
 mod properties;
+mod sealing;
 mod steps;
 mod support;
 mod vector;

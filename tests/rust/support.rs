@@ -34,6 +34,15 @@ pub(crate) fn forest(heads: usize, dim: usize) -> Forest {
     forest_with(heads, dim, StoreOptions { slab_bytes: 1 << 16, ..StoreOptions::default() })
 }
 
+/// Waits until the pages in use are `bytes` large: a thread that packs a stretch in vain frees its pages when it is done.
+pub(crate) fn wait_for_bytes(store: &PageStore, bytes: usize) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_mins(1);
+    while store.used_bytes() != bytes {
+        assert!(std::time::Instant::now() < deadline, "{} bytes in use, expected {bytes}", store.used_bytes());
+        std::thread::yield_now();
+    }
+}
+
 /// Adds `[heads, n, dim]` keys, with their negatives as values.
 pub(crate) fn try_add(pool: &ThreadPool, forest: &Forest, keys: &[f32]) -> Result<()> {
     let values: Vec<f32> = keys.iter().map(|x| -x).collect();

@@ -7,13 +7,14 @@
 use std::alloc::Layout;
 use std::ptr::NonNull;
 
+use crate::background::Background;
 use crate::config::PAGE_TOKENS;
 use crate::error::{Error, Result};
 use crate::free::{FreeBits, Lowest};
 use crate::ids::{PageId, PageRef};
 use crate::layout::PageLayout;
-use crate::simd::instruction_set;
 use crate::retire::Retired;
+use crate::simd::instruction_set;
 use crate::slabs::{HeapSlabs, SlabAllocator};
 use crate::slot::Once;
 use crate::sync::{Arc, AtomicU32, AtomicUsize, Ordering, Site, Tracks, acquire, release};
@@ -77,6 +78,8 @@ pub struct PageStore {
     /// Pages leased, promised to a lease that is being filled, or waiting for a step to end.
     used_pages: AtomicUsize,
     pub(crate) retired: Retired,
+    /// Packs stretches of all its forests.
+    pub(crate) background: Background,
 }
 
 impl PageStore {
@@ -108,6 +111,7 @@ impl PageStore {
             lowest: Lowest::default(),
             used_pages: AtomicUsize::new(0),
             retired: Retired::default(),
+            background: Background::default(),
         }))
     }
 

@@ -114,12 +114,12 @@ fn replaced<'a>(tree: &Tree, pieces: impl Iterator<Item = (&'a Thin, &'a Packed)
                 }
             }
             (Thin::Tail(old), Packed::Tail(entries)) if Arc::ptr_eq(old, &tail) => {
-                tail = Tail::new(entries.clone(), None);
+                tail = Tail::new(old.start, entries.clone(), None);
                 *n_packed += 1;
             }
             _ => {}
         }
     }
     let segments: Segments = tree.segments.with_entries(entries);
-    Tree { segments: Arc::new(segments), tail }
+    Tree { segments: Arc::new(segments), frozen: tree.frozen.clone(), tail }
 }

@@ -2,36 +2,35 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::Lease;
-use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS};
+use crate::config::{SEGMENT_TOKENS, Sealing};
+use crate::plan::{How, Job, Rebuild, finish};
 use crate::snapshot::View;
 use crate::state::{SegmentEntry, Tail, Tree};
 use crate::sync::Arc;
-use crate::tail::pack_tail;
 
 /// Segments that lie within the first `n` tokens.
 fn segments_for_crop(view: &View, n: usize) -> usize {
     view.snapshot().segments.len().min(n / SEGMENT_TOKENS)
 }
 
-/// Pages that `crop(n)` needs.
-pub(crate) fn pages_for_crop(view: &View, n: usize) -> usize {
+/// What `crop(n)` packs again: whole segments stay, the rest becomes what a bulk build makes of it.
+pub(crate) fn plan_crop(view: &View, n: usize, sealing: Sealing) -> Rebuild<'_> {
     let start = segments_for_crop(view, n) * SEGMENT_TOKENS;
-    view.rows(start, n).len().div_ceil(PAGE_TOKENS)
+    let rows = view.rows(start, n).into_iter().map(|(position, row)| (position - start, row));
+    Rebuild::new(start, n - start, rows, How::Together, sealing)
 }
 
-/// Keeps the first `n` tokens: whole segments stay, the rest is packed again like the tail of a bulk build.
-pub(crate) fn crop(view: &View, n: usize, lease: Lease) -> Tree {
-    let n_segments = segments_for_crop(view, n);
-    let start = n_segments * SEGMENT_TOKENS;
-    let rows: Vec<_> = view.rows(start, n).into_iter().map(|(p, row)| ((p - start) as u32, row)).collect();
-    let segments = Arc::new(view.snapshot().segments.truncated(n_segments));
-    Tree { segments, tail: Tail::new(pack_tail(lease, &rows), None) }
+/// Keeps the first `n` tokens; `lease` holds the pages of the plan.
+pub(crate) fn crop(view: &View, n: usize, plan: Rebuild<'_>, lease: Lease) -> Tree {
+    let segments = view.snapshot().segments.truncated(segments_for_crop(view, n));
+    let kept = Tree { segments: Arc::new(segments), ..Tree::empty() };
+    let done = plan.into_jobs(lease).into_iter().map(Job::run).collect();
+    finish(&kept, done).tree
 }
 
 /// Marks `tokens`, which ascend, dead; returns the new tree and how many were alive.
 pub(crate) fn remove(tree: &Tree, tokens: &[usize]) -> (Tree, usize) {
     let mut segments = tree.segments.to_vec();
-    let mut entries = tree.tail.entries.clone();
     let mut removed = 0;
     for (j, entry) in segments.iter_mut().enumerate() {
         let range = j * SEGMENT_TOKENS..(j + 1) * SEGMENT_TOKENS;
@@ -41,18 +40,27 @@ pub(crate) fn remove(tree: &Tree, tokens: &[usize]) -> (Tree, usize) {
             removed += remove_sealed(entry, &tokens[first..last], range.start);
         }
     }
-    let start = tree.tail_start();
+    let mut parts = tree.segments.parts().to_vec();
+    let behind = &tokens[tokens.partition_point(|&t| t < tree.tail_start())..];
+    removed += parts.iter_mut().map(|part| remove_sealed(part, behind, tree.tail_start())).sum::<usize>();
+    let segments = Arc::new(tree.segments.with_entries(segments).with_parts(parts));
+    let frozen = tree.frozen.as_ref().map(|frozen| frozen.with_tail(remove_open(&frozen.tail, behind, &mut removed)));
+    let tail = remove_open(&tree.tail, behind, &mut removed);
+    (Tree { segments, frozen, tail }, removed)
+}
+
+fn remove_open(tail: &Tail, tokens: &[usize], removed: &mut usize) -> Arc<Tail> {
+    let mut entries = tail.entries.clone();
     for entry in &mut entries {
         for slot in 0..entry.count as usize {
-            let token = start + entry.page.token(slot) as usize;
+            let token = tail.start + entry.page.token(slot) as usize;
             if entry.dead >> slot & 1 == 0 && tokens.binary_search(&token).is_ok() {
                 entry.dead |= 1 << slot;
-                removed += 1;
+                *removed += 1;
             }
         }
     }
-    let segments = Arc::new(tree.segments.with_entries(segments));
-    (Tree { segments, tail: Tail::new(entries, None) }, removed)
+    Tail::new(tail.start, entries, None)
 }
 
 fn remove_sealed(entry: &mut SegmentEntry, tokens: &[usize], start: usize) -> usize {

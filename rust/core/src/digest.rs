@@ -33,7 +33,7 @@ fn add_tree(hash: &mut Xxh3, view: &View) {
             hash.update(row.value);
         }
     }
-    for entry in view.snapshot().segments.iter() {
+    for entry in view.snapshot().segments.all() {
         let summaries = &entry.segment.summaries;
         (0..summaries.n_blocks()).for_each(|b| hash.update(bytemuck::cast_slice(summaries.block(b))));
         hash.update(bytemuck::cast_slice(&summaries.scales));

@@ -55,7 +55,7 @@ pub fn extend(pool: &ThreadPool, rows: &[ExtendRow<'_>]) -> Result<()> {
     let grown = grow(Some(pool), &growths)?;
     for ((shared, growth), grown) in owners.into_iter().zip(growths).zip(grown) {
         if shared.replace_trees(&growth.state.trees, &grown.trees) {
-            shared.count(grown.counts);
+            shared.published(&grown);
         } else {
             let lease = grown.into_lease();
             aside.push((shared, growth.into_rows(), lease));

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::{Lease, PageStore};
+use crate::config::PART_TOKENS;
 use crate::config::Sealing;
 use crate::cut;
 use crate::error::{Error, Result};
@@ -176,10 +177,11 @@ impl Forest {
                 return Ok(());
             }
             let views = || (0..self.n_heads()).map(|head| View::new(Arc::clone(&state), head, len));
-            let leases = views()
-                .map(|view| self.store().lease(cut::pages_for_crop(&view, n)))
-                .collect::<Result<Vec<Lease>>>()?;
-            let heads = views().zip(leases).map(|(view, lease)| cut::crop(&view, n, lease)).collect();
+            let views: Vec<View> = views().collect();
+            let plans: Vec<_> = views.iter().map(|view| cut::plan_crop(view, n, self.shared.sealing)).collect();
+            let leases = plans.iter().map(|plan| self.store().lease(plan.n_pages())).collect::<Result<Vec<Lease>>>()?;
+            let pieces = views.iter().zip(plans).zip(leases);
+            let heads = pieces.map(|((view, plan), lease)| cut::crop(view, n, plan, lease)).collect();
             let trees = Trees { heads, tokens: n, removals: state.trees.removals && n > 0 };
             if self.shared.replace_trees(&state.trees, &Arc::new(trees)) {
                 return Ok(());
@@ -270,7 +272,8 @@ impl Forest {
         let state = self.shared.load();
         let tokens = state.tokens();
         let segments = |tree: &Tree| tree.segments.len() as u64;
-        let tail_tokens = |tree: &Tree| (tokens - tree.tail_start()) as u64;
+        let sealed = |tree: &Tree| tree.tail_start() + tree.segments.parts().len() * PART_TOKENS;
+        let tail_tokens = |tree: &Tree| (tokens - sealed(tree)) as u64;
         Counters {
             inserts: counts.inserts,
             splits: counts.splits,

@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use crate::config::{GROUP_PAGES, SEGMENT_GROUPS};
-use crate::segment::{Segment, mean_of, quantise};
+use crate::segment::{mean_of, quantise};
 use crate::simd::{BLOCK, kernels};
 use crate::state::SegmentEntry;
 use crate::sync::Arc;
@@ -103,11 +103,46 @@ impl SuperBlock {
 pub(crate) struct Segments {
     entries: Vec<SegmentEntry>,
     supers: Vec<Arc<SuperBlock>>,
+    /// Sealed stretches of 256 tokens at the start of the next segment: one block each, at most three.
+    parts: Vec<SegmentEntry>,
 }
 
 impl Segments {
     pub(crate) fn supers(&self) -> &[Arc<SuperBlock>] {
         &self.supers
+    }
+
+    pub(crate) fn parts(&self) -> &[SegmentEntry] {
+        &self.parts
+    }
+
+    /// Segments, then parts.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &SegmentEntry> {
+        self.entries.iter().chain(&self.parts)
+    }
+
+    /// Blocks of 16 page ordinals: four a segment, one a part.
+    pub(crate) fn n_blocks(&self) -> usize {
+        self.entries.len() * SEGMENT_GROUPS + self.parts.len()
+    }
+
+    /// First ordinal that belongs to no segment or part.
+    pub(crate) fn n_ordinals(&self) -> usize {
+        self.n_blocks() * GROUP_PAGES
+    }
+
+    /// The segment or part of block `block`, and the block's number in it.
+    pub(crate) fn block(&self, block: usize) -> (&SegmentEntry, usize) {
+        match self.entries.get(block / SEGMENT_GROUPS) {
+            Some(entry) => (entry, block % SEGMENT_GROUPS),
+            None => (&self.parts[block - self.entries.len() * SEGMENT_GROUPS], 0),
+        }
+    }
+
+    /// Whether a block holds a page; removals can have left less than 64 pages in a segment.
+    pub(crate) fn has_block(&self, block: usize) -> bool {
+        let (entry, b) = self.block(block);
+        b < entry.segment.summaries.n_blocks()
     }
 
     /// Whether there is a super-block for every four segments, and each is what its segments give.
@@ -116,34 +151,47 @@ impl Segments {
         self.supers.iter().map(|block| &**block).eq(fresh.collect::<Vec<_>>().iter())
     }
 
-    /// These segments and more.
-    pub(crate) fn extended(&self, new: Vec<Arc<Segment>>) -> Self {
+    /// These segments and more, the first of which takes the place of the parts.
+    pub(crate) fn extended(&self, new: impl IntoIterator<Item = SegmentEntry>) -> Self {
         let mut entries = self.entries.clone();
-        entries.extend(new.into_iter().map(SegmentEntry::whole));
+        entries.extend(new);
         let mut supers = self.supers.clone();
         for group in entries.chunks_exact(SUPER_SEGMENTS).skip(supers.len()) {
             supers.push(Arc::new(SuperBlock::new(group)));
         }
-        Self { entries, supers }
+        Self { entries, supers, parts: Vec::new() }
     }
 
     /// The first `n` segments.
     pub(crate) fn truncated(&self, n: usize) -> Self {
-        Self { entries: self.entries[..n].to_vec(), supers: self.supers[..n / SUPER_SEGMENTS].to_vec() }
+        let supers = self.supers[..n / SUPER_SEGMENTS].to_vec();
+        Self { entries: self.entries[..n].to_vec(), supers, parts: Vec::new() }
     }
 
-    /// As many segments, some of them with other removals or packed again.
+    /// The same segments with other parts.
+    pub(crate) fn with_parts(&self, parts: Vec<SegmentEntry>) -> Self {
+        Self { entries: self.entries.clone(), supers: self.supers.clone(), parts }
+    }
+
+    /// The same parts and as many segments, some of them with other removals or packed again.
     pub(crate) fn with_entries(&self, entries: Vec<SegmentEntry>) -> Self {
         let groups = entries.chunks_exact(SUPER_SEGMENTS).zip(self.entries.chunks_exact(SUPER_SEGMENTS));
         let supers = self.supers.iter().zip(groups).map(|(block, (new, old))| {
             let same = new.iter().zip(old).all(|(new, old)| new.is_same(old));
             if same { Arc::clone(block) } else { Arc::new(SuperBlock::new(new)) }
         });
-        Self { supers: supers.collect(), entries }
+        Self { supers: supers.collect(), entries, parts: self.parts.clone() }
     }
 
-    pub(crate) fn into_entries(self) -> Vec<SegmentEntry> {
-        self.entries
+    /// The same segments with summaries of super-groups that need not be theirs.
+    #[cfg(test)]
+    pub(crate) fn with_supers_of(mut self, other: &Self) -> Self {
+        self.supers.clone_from(&other.supers);
+        self
+    }
+
+    pub(crate) fn into_entries(self) -> impl Iterator<Item = SegmentEntry> {
+        self.entries.into_iter().chain(self.parts)
     }
 
     pub(crate) fn heap_bytes(&self) -> usize {

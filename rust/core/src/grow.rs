@@ -14,6 +14,7 @@ use crate::segment::Segment;
 use crate::shared::Shared;
 use crate::snapshot::View;
 use crate::state::{State, Tree, Trees};
+use crate::stretch::Packing;
 use crate::sync::Arc;
 
 /// Trees and what they are to gain.
@@ -32,6 +33,8 @@ pub(crate) struct Growth<'a> {
 pub(crate) struct Grown {
     pub(crate) trees: Arc<Trees>,
     pub(crate) counts: Counts,
+    /// Packings that are to be begun once the trees are published.
+    pub(crate) packings: Vec<Arc<Packing>>,
     spare: Lease,
 }
 
@@ -71,7 +74,9 @@ pub(crate) fn grow(pool: Option<&ThreadPool>, growths: &[Growth<'_>]) -> Result<
         .collect::<Result<Vec<Lease>>>()?;
     let mut jobs = Vec::new();
     for (((g, h), plan), lease) in trees().zip(plans).zip(leases) {
-        jobs.extend(plan.into_jobs(&growths[g].views[h], lease).into_iter().map(|job| ((g, h), job)));
+        jobs.extend(
+            plan.into_jobs(&growths[g].views[h], growths[g].sealing, lease).into_iter().map(|job| ((g, h), job)),
+        );
     }
     let run = |(tree, job): ((usize, usize), Job<'_>)| (tree, job.run());
     let done: Vec<((usize, usize), Done)> = match pool {
@@ -88,22 +93,34 @@ pub(crate) fn grow(pool: Option<&ThreadPool>, growths: &[Growth<'_>]) -> Result<
 
 fn grown(growth: &Growth<'_>, done: Vec<Vec<Done>>) -> Grown {
     let old = &growth.state.trees;
-    let (mut counts, mut spare) = (Counts::default(), Lease::empty(growth.store));
-    let heads = old.heads.iter().zip(done).map(|(tree, done)| finish(tree, done, &mut counts, &mut spare)).collect();
+    let (mut counts, mut packings, mut spare) = (Counts::default(), Vec::new(), Lease::empty(growth.store));
+    let head = |(tree, done)| {
+        let finished = finish(tree, done);
+        counts.add(finished.counts);
+        packings.extend(finished.packing);
+        spare.extend(finished.spare);
+        finished.tree
+    };
+    let heads = old.heads.iter().zip(done).map(head).collect();
     let trees = Trees { heads, tokens: old.tokens + growth.n_tokens(), removals: old.removals };
-    Grown { trees: Arc::new(trees), counts, spare }
+    Grown { trees: Arc::new(trees), counts, packings, spare }
 }
 
 impl Grown {
     /// The pages that were taken for trees that nobody will see: at least one for every 16 rows of every head.
     pub(crate) fn into_lease(self) -> Lease {
         let mut all = self.spare;
-        for Tree { segments, tail } in Arc::into_inner(self.trees).into_iter().flat_map(|trees| trees.heads) {
+        // A packing holds pages of its own and reads those of its stretch.
+        drop(self.packings);
+        for Tree { segments, frozen, tail } in Arc::into_inner(self.trees).into_iter().flat_map(|trees| trees.heads) {
+            let stretch = frozen.map(|frozen| frozen.tail);
             // What the old trees hold too is not ours alone, and stays.
             for entry in Arc::into_inner(segments).into_iter().flat_map(Segments::into_entries) {
                 all.extend(Arc::into_inner(entry.segment).map(Segment::into_lease));
             }
-            for entry in Arc::into_inner(tail).into_iter().flat_map(|tail| tail.entries) {
+            for entry in
+                [Some(tail), stretch].into_iter().flatten().filter_map(Arc::into_inner).flat_map(|tail| tail.entries)
+            {
                 all.extend(Arc::into_inner(entry.page).map(OpenPage::into_lease));
             }
         }

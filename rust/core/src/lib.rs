@@ -9,6 +9,7 @@
 //! of threads may insert, extend, remove, crop and fork at once. `README.md` beside this crate has the protocol.
 
 mod arena;
+mod background;
 #[cfg(feature = "bench")]
 #[doc(hidden)]
 pub mod bench;
@@ -51,6 +52,7 @@ mod snapshot;
 mod split;
 mod state;
 mod step;
+mod stretch;
 mod sync;
 mod tail;
 mod validate;

@@ -2,13 +2,14 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::Lease;
-use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS, Sealing};
+use crate::config::{PAGE_TOKENS, PART_TOKENS, SEGMENT_TOKENS, Sealing};
 use crate::page::Row;
 use crate::segment::{Segment, SegmentRow};
 use crate::snapshot::View;
-use crate::state::{Tail, TailEntry, Tree};
+use crate::state::{SegmentEntry, Tail, Tree};
+use crate::stretch::{Growing, Packing, n_pages};
 use crate::sync::Arc;
-use crate::tail::{Inserter, TailMeans, pack_tail, pages_for_inserts};
+use crate::tail::{pack_tail, pages_for_inserts};
 
 /// How tokens come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,42 +22,34 @@ pub(crate) enum How {
 
 /// One independent piece of work.
 pub(crate) enum Job<'a> {
-    /// Build a segment of these rows.
-    Segment { rows: Vec<SegmentRow<'a>>, lease: Lease },
-    /// Pack these rows into an empty tail.
-    Pack { rows: Vec<(u32, Row<'a>)>, lease: Lease },
-    /// Insert rows into a tail of `tokens` tokens one by one.
-    Insert { entries: Vec<TailEntry>, means: Option<TailMeans>, tokens: usize, rows: Vec<Row<'a>>, lease: Lease },
+    /// Build a segment, or a part of the next one, of these rows.
+    Segment { rows: Vec<SegmentRow<'a>>, is_part: bool, lease: Lease },
+    /// Pack these rows into an empty tail that begins at `start`.
+    Pack { start: usize, rows: Vec<(u32, Row<'a>)>, lease: Lease },
+    /// Insert rows into a tail one by one.
+    Insert { growing: Growing, rows: Vec<Row<'a>> },
 }
 
 /// What a job made.
 pub(crate) enum Done {
-    Segment(Arc<Segment>),
-    Tail {
-        entries: Vec<TailEntry>,
-        means: Option<TailMeans>,
-        splits: u64,
-        inserts: u64,
-        /// Pages left over.
-        spare: Option<Lease>,
-    },
+    Segment(SegmentEntry),
+    Part(SegmentEntry),
+    Tail(Arc<Tail>),
+    /// All that there is behind the segments, and perhaps more of these.
+    Grown(Growing),
 }
 
 impl Job<'_> {
     pub(crate) fn run(self) -> Done {
         match self {
-            Job::Segment { rows, lease } => Done::Segment(Arc::new(Segment::build(lease, &rows))),
-            Job::Pack { rows, lease } => {
-                let entries = pack_tail(lease, &rows);
-                Done::Tail { entries, means: None, splits: 0, inserts: 0, spare: None }
+            Job::Segment { rows, is_part, lease } => {
+                let entry = SegmentEntry::whole(Arc::new(Segment::build(lease, &rows)));
+                if is_part { Done::Part(entry) } else { Done::Segment(entry) }
             }
-            Job::Insert { entries, means, tokens, rows, lease } => {
-                let mut inserter = Inserter::new(entries, means, tokens as u32, lease);
-                for row in &rows {
-                    inserter.insert(*row);
-                }
-                let Inserter { entries, means, splits, spare, .. } = inserter;
-                Done::Tail { entries, means: Some(means), splits, inserts: rows.len() as u64, spare: Some(spare) }
+            Job::Pack { start, rows, lease } => Done::Tail(Tail::new(start, pack_tail(lease, &rows), None)),
+            Job::Insert { mut growing, rows } => {
+                growing.add(&rows);
+                Done::Grown(growing)
             }
         }
     }
@@ -64,76 +57,118 @@ impl Job<'_> {
 
 /// What one tree gains, before it has pages.
 pub(crate) enum Plan<'a> {
-    /// Fewer than 1024 tokens in the tail afterwards, or it is never sealed: insert.
-    Insert { rows: &'a [Row<'a>], pages: usize },
-    /// Segments, then a new tail (possibly empty).
-    Rebuild { segments: Vec<Vec<SegmentRow<'a>>>, tail: Vec<(u32, Row<'a>)>, how: How },
+    /// No more than a stretch, or a tail that is never sealed, or one that stays below 1024 tokens: insert.
+    Insert {
+        rows: &'a [Row<'a>],
+        pages: usize,
+    },
+    Rebuild(Rebuild<'a>),
+}
+
+/// Segments, parts of the next one, then a new tail (possibly empty).
+pub(crate) struct Rebuild<'a> {
+    segments: Vec<Vec<SegmentRow<'a>>>,
+    parts: Vec<Vec<SegmentRow<'a>>>,
+    tail: Vec<(u32, Row<'a>)>,
+    tail_start: usize,
+    how: How,
 }
 
 impl<'a> Plan<'a> {
     /// Decides for a tree seen as `view`, without pending tokens, that gains `rows`.
     pub(crate) fn new(view: &'a View, rows: &'a [Row<'a>], how: How, sealing: Sealing) -> Self {
-        let old = view.tail_tokens();
-        let stays = old + rows.len() < SEGMENT_TOKENS || sealing == Sealing::Never;
-        if stays && (old > 0 || how == How::OneByOne) {
-            let pages = pages_for_inserts(rows.len(), view.snapshot().tail.entries.len());
-            return Plan::Insert { rows, pages };
+        let (tree, tokens) = (view.snapshot(), view.trees().tokens);
+        let (few, begun) = match sealing.stretch() {
+            Some(stretch) => (rows.len() <= stretch, tokens > 0),
+            None if sealing == Sealing::Never => (true, view.tail_tokens() > 0),
+            None => (view.tail_tokens() + rows.len() < SEGMENT_TOKENS, view.tail_tokens() > 0),
+        };
+        if few && (begun || how == How::OneByOne) {
+            return Plan::Insert { rows, pages: n_pages(tree, tokens, rows.len(), sealing) };
         }
-        let start = view.snapshot().tail_start();
-        let n_segments = (old + rows.len()) / SEGMENT_TOKENS;
-        let mut segments = vec![Vec::new(); n_segments];
-        let mut tail = Vec::new();
-        let sealed = view.rows(start, view.tokens()).into_iter().map(|(position, row)| (position - start, row));
-        for (offset, row) in sealed.chain(rows.iter().enumerate().map(|(i, row)| (old + i, *row))) {
-            match segments.get_mut(offset / SEGMENT_TOKENS) {
-                Some(segment) => segment.push(SegmentRow { local: (offset % SEGMENT_TOKENS) as u16, row }),
-                None => tail.push(((offset - n_segments * SEGMENT_TOKENS) as u32, row)),
-            }
-        }
-        Plan::Rebuild { segments, tail, how }
+        let start = tree.tail_start();
+        let old = view.rows(start, tokens).into_iter().map(|(position, row)| (position - start, row));
+        let all = old.chain(rows.iter().enumerate().map(|(i, row)| (tokens - start + i, *row)));
+        Plan::Rebuild(Rebuild::new(start, tokens - start + rows.len(), all, how, sealing))
     }
 
     /// Pages the plan takes at most.
     pub(crate) fn n_pages(&self) -> usize {
         match self {
             Plan::Insert { pages, .. } => *pages,
-            Plan::Rebuild { segments, tail, how } => {
-                let pages = |rows: usize| rows.div_ceil(PAGE_TOKENS);
-                let tail = match how {
-                    How::Together => pages(tail.len()),
-                    How::OneByOne => pages_for_inserts(tail.len(), 0),
-                };
-                segments.iter().map(|rows| pages(rows.len())).sum::<usize>() + tail
-            }
+            Plan::Rebuild(rebuild) => rebuild.n_pages(),
         }
     }
 
     /// The jobs of the plan; `lease` holds exactly [`Plan::n_pages`] pages.
-    pub(crate) fn into_jobs(self, view: &View, mut lease: Lease) -> Vec<Job<'a>> {
+    pub(crate) fn into_jobs(self, view: &View, sealing: Sealing, lease: Lease) -> Vec<Job<'a>> {
         match self {
             Plan::Insert { rows, .. } => {
-                let tail = &view.snapshot().tail;
-                let (entries, means) = (tail.entries.clone(), tail.means.take().map(|means| *means));
-                vec![Job::Insert { entries, means, tokens: view.tail_tokens(), rows: rows.to_vec(), lease }]
+                let trees = view.trees();
+                let growing = Growing::new(view.snapshot().clone(), trees.tokens, trees.removals, sealing, lease);
+                vec![Job::Insert { growing, rows: rows.to_vec() }]
             }
-            Plan::Rebuild { segments, tail, how } => {
-                let mut jobs: Vec<Job<'a>> = segments
-                    .into_iter()
-                    .map(|rows| {
-                        let pages = lease.take(rows.len().div_ceil(PAGE_TOKENS));
-                        Job::Segment { rows, lease: pages }
-                    })
-                    .collect();
-                jobs.push(match how {
-                    How::Together => Job::Pack { rows: tail, lease },
-                    How::OneByOne => {
-                        let rows = tail.into_iter().map(|(_, row)| row).collect();
-                        Job::Insert { entries: Vec::new(), means: None, tokens: 0, rows, lease }
-                    }
-                });
-                jobs
+            Plan::Rebuild(rebuild) => rebuild.into_jobs(lease),
+        }
+    }
+}
+
+impl<'a> Rebuild<'a> {
+    /// For `n` positions from `start`, which a segment begins at; `rows` are those of them that are live, ascending,
+    /// counted from there.
+    pub(crate) fn new(
+        start: usize,
+        n: usize,
+        rows: impl Iterator<Item = (usize, Row<'a>)>,
+        how: How,
+        sealing: Sealing,
+    ) -> Self {
+        let n_segments = n / SEGMENT_TOKENS;
+        let n_parts = if sealing == Sealing::Tiers { n % SEGMENT_TOKENS / PART_TOKENS } else { 0 };
+        let (mut segments, mut parts) = (vec![Vec::new(); n_segments], vec![Vec::new(); n_parts]);
+        let mut tail = Vec::new();
+        let sealed = n_segments * SEGMENT_TOKENS + n_parts * PART_TOKENS;
+        for (offset, row) in rows {
+            let local = offset % SEGMENT_TOKENS;
+            let segment = segments.get_mut(offset / SEGMENT_TOKENS).or_else(|| parts.get_mut(local / PART_TOKENS));
+            match segment {
+                Some(segment) => segment.push(SegmentRow { local: local as u16, row }),
+                None => tail.push(((offset - sealed) as u32, row)),
             }
         }
+        Self { segments, parts, tail, tail_start: start + sealed, how }
+    }
+
+    /// Pages it takes.
+    pub(crate) fn n_pages(&self) -> usize {
+        let pages = |rows: usize| rows.div_ceil(PAGE_TOKENS);
+        let tail = match self.how {
+            How::Together => pages(self.tail.len()),
+            How::OneByOne => pages_for_inserts(self.tail.len(), 0),
+        };
+        self.segments.iter().chain(&self.parts).map(|rows| pages(rows.len())).sum::<usize>() + tail
+    }
+
+    /// Its jobs; `lease` holds exactly as many pages as it takes.
+    pub(crate) fn into_jobs(self, mut lease: Lease) -> Vec<Job<'a>> {
+        let segments = self.segments.into_iter().map(|rows| (rows, false));
+        let mut jobs: Vec<Job<'a>> = segments
+            .chain(self.parts.into_iter().map(|rows| (rows, true)))
+            .map(|(rows, is_part)| {
+                let pages = lease.take(rows.len().div_ceil(PAGE_TOKENS));
+                Job::Segment { rows, is_part, lease: pages }
+            })
+            .collect();
+        let start = self.tail_start;
+        jobs.push(match self.how {
+            How::Together => Job::Pack { start, rows: self.tail, lease },
+            How::OneByOne => {
+                let empty = Tree { tail: Tail::new(start, Vec::new(), None), ..Tree::empty() };
+                let growing = Growing::new(empty, start, false, Sealing::Never, lease);
+                Job::Insert { growing, rows: self.tail.into_iter().map(|(_, row)| row).collect() }
+            }
+        });
+        jobs
     }
 }
 
@@ -145,23 +180,57 @@ pub(crate) struct Counts {
     pub(crate) seals: u64,
 }
 
-/// The tree after the jobs of its plan; pages left over go to `spare`.
-pub(crate) fn finish(old: &Tree, done: Vec<Done>, counts: &mut Counts, spare: &mut Lease) -> Tree {
-    let mut segments = Vec::new();
-    let mut tail = Arc::clone(&old.tail);
+impl Counts {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.inserts += other.inserts;
+        self.splits += other.splits;
+        self.seals += other.seals;
+    }
+}
+
+/// A tree after the jobs of its plan.
+pub(crate) struct Finished {
+    pub(crate) tree: Tree,
+    pub(crate) counts: Counts,
+    /// Pages left over.
+    pub(crate) spare: Option<Lease>,
+    /// A packing that is to be begun once the tree is published.
+    pub(crate) packing: Option<Arc<Packing>>,
+}
+
+/// Puts together what the jobs of a plan made of `old`.
+pub(crate) fn finish(old: &Tree, done: Vec<Done>) -> Finished {
+    let (mut segments, mut parts) = (Vec::new(), Vec::new());
+    let mut finished = Finished { tree: old.clone(), counts: Counts::default(), spare: None, packing: None };
+    let rebuilt = done.len() > 1 || matches!(done[..], [Done::Tail(_)]);
     for piece in done {
         match piece {
             Done::Segment(segment) => segments.push(segment),
-            Done::Tail { entries, means, splits, inserts, spare: left } => {
-                tail = Tail::new(entries, means);
-                counts.inserts += inserts;
-                counts.splits += splits;
-                spare.extend(left);
+            Done::Part(part) => parts.push(part),
+            Done::Tail(tail) => finished.tree.tail = tail,
+            Done::Grown(Growing { tree, spare, counts, .. }) => {
+                finished.spare = Some(spare);
+                finished.counts.add(counts);
+                if rebuilt {
+                    finished.tree.tail = tree.tail;
+                } else {
+                    let packing = tree.frozen.as_ref().map(|frozen| &frozen.packing);
+                    let begun = |packing: &Arc<Packing>| {
+                        old.frozen.as_ref().is_some_and(|old| Arc::ptr_eq(&old.packing, packing))
+                    };
+                    finished.packing = packing.filter(|packing| !begun(packing)).cloned();
+                    finished.tree = tree;
+                }
             }
         }
     }
-    counts.seals += segments.len() as u64;
-    let segments =
-        if segments.is_empty() { Arc::clone(&old.segments) } else { Arc::new(old.segments.extended(segments)) };
-    Tree { segments, tail }
+    if rebuilt {
+        finished.counts.seals += (segments.len() + parts.len()) as u64;
+        finished.tree.frozen = None;
+        let segments =
+            if segments.is_empty() { Arc::clone(&old.segments) } else { Arc::new(old.segments.extended(segments)) };
+        let same = parts.is_empty() && segments.parts().is_empty();
+        finished.tree.segments = if same { segments } else { Arc::new(segments.with_parts(parts)) };
+    }
+    finished
 }

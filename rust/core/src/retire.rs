@@ -12,7 +12,7 @@
 use std::collections::BTreeSet;
 
 use crate::ids::PageRef;
-use crate::sync::{AtomicU64, AtomicUsize, Mutex, Ordering, Queue, fence, lock};
+use crate::sync::{AtomicU64, AtomicUsize, Mutex, Ordering, Queue, fence, guard};
 
 /// Pages freed together, and the newest step that may name them.
 type Batch = (u64, Vec<PageRef>);
@@ -33,7 +33,7 @@ pub(crate) struct Retired {
 impl Retired {
     /// Begins a step and returns its number. Blocking: waits for others who begin or finish a step.
     pub(crate) fn begin(&self) -> u64 {
-        let mut active = lock(&self.active);
+        let mut active = guard(&self.active);
         // Relaxed: written under this lock only.
         let step = self.newest.load(Ordering::Relaxed) + 1;
         active.insert(step);
@@ -45,7 +45,7 @@ impl Retired {
 
     /// Ends a step and hands all pages that nobody can name any more to `free`. Blocking like [`Retired::begin`].
     pub(crate) fn finish(&self, step: u64, free: impl FnMut(&[PageRef])) {
-        let mut active = lock(&self.active);
+        let mut active = guard(&self.active);
         active.remove(&step);
         // Relaxed: written under this lock only.
         let newest = self.newest.load(Ordering::Relaxed);
@@ -104,7 +104,9 @@ impl Retired {
             if early.is_empty() {
                 return;
             }
-            early.into_iter().for_each(|batch| self.waiting.push(batch));
+            for batch in early {
+                self.waiting.push(batch);
+            }
             // SeqCst: as in `retire`. Who ended a step while these pages were out of the queue did not find them.
             fence(Ordering::SeqCst);
             if self.finished() == finished {

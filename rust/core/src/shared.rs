@@ -10,7 +10,7 @@ use crate::arena::PageStore;
 use crate::cell::Cell;
 use crate::config::Sealing;
 use crate::error::Result;
-use crate::grow::{Growth, grow};
+use crate::grow::{Grown, Growth, grow};
 use crate::pending::{OpenBlock, Pending};
 use crate::plan::{Counts, How};
 use crate::snapshot::View;
@@ -146,7 +146,7 @@ impl Shared {
                 unchanged.then(|| State { trees: Arc::clone(&grown.trees), pending: pending() })
             });
             if published {
-                self.count(grown.counts);
+                self.published(&grown);
             }
         }
         Ok(true)
@@ -189,7 +189,10 @@ impl Shared {
         }
     }
 
-    pub(crate) fn count(&self, counts: Counts) {
+    /// Counts what happened, and has the stretches packed that ended in it.
+    pub(crate) fn published(&self, grown: &Grown) {
+        let counts = grown.counts;
+        grown.packings.iter().for_each(|packing| self.store.background.submit(packing));
         // Relaxed: statistics, they order nothing.
         self.inserts.fetch_add(counts.inserts, Ordering::Relaxed);
         self.splits.fetch_add(counts.splits, Ordering::Relaxed);

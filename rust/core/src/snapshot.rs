@@ -1,10 +1,10 @@
 //! What a reader sees: a state, and how many of its tokens there were.
 //!
-//! A page is named inside a view by its *ordinal*: `64 * segment + page` for sealed pages, then the pages of the tail,
-//! then those of pending blocks. Tokens that are added later stay invisible.
+//! A page is named inside a view by its *ordinal*: `64 * segment + page` for sealed pages, then those of parts (16 a part),
+//! of a frozen stretch, of the tail and of pending blocks. Tokens that are added later stay invisible.
 #![forbid(unsafe_code)]
 
-use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
+use crate::config::{GROUP_PAGES, PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
 use crate::ids::PageRef;
 use crate::layout::PageLayout;
 use crate::page::{OpenPage, Row, SealedPages};
@@ -113,47 +113,60 @@ impl View {
 
     /// Tokens of the tail, pending ones not included.
     pub(crate) fn tail_tokens(&self) -> usize {
-        self.state.trees.tokens - self.snapshot().tail_start()
+        self.state.trees.tokens - self.snapshot().tail.start
     }
 
     /// Element type and shape of the pages; `None` for a tree that never had one.
     pub(crate) fn layout(&self) -> Option<PageLayout> {
-        let first = self.snapshot().segments.len() * SEGMENT_PAGES + self.snapshot().tail.entries.len();
+        let first = self.sealed_end() + self.snapshot().n_open();
         let pending = || (first..self.ordinal_end()).find_map(|ordinal| Some(self.page(ordinal)?.layout));
         self.snapshot().layout().or_else(pending)
     }
 
-    /// Pages behind the sealed ones: of the tail, and pending. Some ordinals among them name no page.
+    /// Pages behind the sealed ones: of a frozen stretch, of the tail, and pending. Some ordinals among them name no page.
     pub(crate) fn n_tail(&self) -> usize {
         let pending: usize = self.state.pending.iter().map(|entry| entry.block.n_ordinals()).sum();
-        self.snapshot().tail.entries.len() + pending
+        self.snapshot().n_open() + pending
+    }
+
+    /// First ordinal that is no sealed page.
+    pub(crate) fn sealed_end(&self) -> usize {
+        self.snapshot().segments.n_ordinals()
     }
 
     /// First ordinal that is no page.
     pub(crate) fn ordinal_end(&self) -> usize {
-        self.snapshot().segments.len() * SEGMENT_PAGES + self.n_tail()
+        self.sealed_end() + self.n_tail()
     }
 
     /// The page with an ordinal; `None` for gaps and for pages without a live token.
     pub(crate) fn page(&self, ordinal: usize) -> Option<PageView<'_>> {
         let tree = self.snapshot();
-        let (j, p) = (ordinal / SEGMENT_PAGES, ordinal % SEGMENT_PAGES);
-        let view = if let Some(entry) = tree.segments.get(j) {
-            let segment = &entry.segment;
-            if p >= segment.n_pages() {
+        let Some(open) = ordinal.checked_sub(tree.segments.n_ordinals()) else {
+            let (entry, block) = tree.segments.block(ordinal / GROUP_PAGES);
+            let (segment, p) = (&entry.segment, block * GROUP_PAGES + ordinal % GROUP_PAGES);
+            if p >= segment.n_pages() || entry.mask(p) == 0 {
                 return None;
             }
-            let source = Source::Sealed { base: j * SEGMENT_TOKENS, locals: segment.locals(p) };
-            PageView::of_sealed(segment.pages(), p, entry.mask(p), source)
-        } else {
-            let ordinal = ordinal - tree.segments.len() * SEGMENT_PAGES;
-            let Some(entry) = tree.tail.entries.get(ordinal) else {
-                return self.pending_page(ordinal - tree.tail.entries.len());
-            };
-            let source = Source::Open { base: tree.tail_start(), page: &entry.page };
-            PageView::of_open(&entry.page, entry.count as usize, entry.mask(), source)
+            // All parts belong to the segment behind the last one.
+            let base = (ordinal / SEGMENT_PAGES).min(tree.segments.len()) * SEGMENT_TOKENS;
+            let source = Source::Sealed { base, locals: segment.locals(p) };
+            return Some(PageView::of_sealed(segment.pages(), p, entry.mask(p), source));
         };
-        (view.live != 0).then_some(view)
+        self.open_page(open)
+    }
+
+    /// The page with an ordinal among the open ones, pending ones included.
+    fn open_page(&self, mut ordinal: usize) -> Option<PageView<'_>> {
+        for tail in self.snapshot().tails() {
+            if let Some(entry) = tail.entries.get(ordinal) {
+                let source = Source::Open { base: tail.start, page: &entry.page };
+                let view = PageView::of_open(&entry.page, entry.count as usize, entry.mask(), source);
+                return (view.live != 0).then_some(view);
+            }
+            ordinal -= tail.entries.len();
+        }
+        self.pending_page(ordinal)
     }
 
     /// The page with an ordinal among the pending ones.
@@ -178,8 +191,8 @@ impl View {
             let (page, slot) = entry.segment.place_of(local as u16)?;
             return (entry.mask(page) >> slot & 1 == 1).then_some((j * SEGMENT_PAGES + page, slot));
         }
-        let tail = segments.len() * SEGMENT_PAGES..self.ordinal_end();
-        tail.filter_map(|ordinal| Some((ordinal, self.page(ordinal)?))).find_map(|(ordinal, page)| {
+        let behind = segments.len() * SEGMENT_PAGES..self.ordinal_end();
+        behind.filter_map(|ordinal| Some((ordinal, self.page(ordinal)?))).find_map(|(ordinal, page)| {
             let slot = page.slots().find(|&slot| page.position(slot) == position)?;
             Some((ordinal, slot))
         })
@@ -202,17 +215,17 @@ impl View {
             None => entry.segment.n_pages(),
             Some(live) => live.masks.iter().filter(|&&mask| mask != 0).count(),
         };
-        let sealed_end = self.snapshot().segments.len() * SEGMENT_PAGES;
-        self.snapshot().segments.iter().map(sealed).sum::<usize>()
+        let sealed_end = self.sealed_end();
+        self.snapshot().segments.all().map(sealed).sum::<usize>()
             + (sealed_end..self.ordinal_end()).filter(|&ordinal| self.page(ordinal).is_some()).count()
     }
 
     /// Bytes of the pages, those without a live token included.
     pub(crate) fn page_bytes(&self) -> usize {
-        let sealed: usize = self.snapshot().segments.iter().map(|entry| entry.segment.n_pages()).sum();
-        let tail = self.snapshot().tail.entries.len();
-        let pending = self.snapshot().segments.len() * SEGMENT_PAGES + tail..self.ordinal_end();
-        let n_pages = sealed + tail + pending.filter(|&ordinal| self.page(ordinal).is_some()).count();
+        let sealed: usize = self.snapshot().segments.all().map(|entry| entry.segment.n_pages()).sum();
+        let open = self.snapshot().n_open();
+        let pending = self.sealed_end() + open..self.ordinal_end();
+        let n_pages = sealed + open + pending.filter(|&ordinal| self.page(ordinal).is_some()).count();
         self.layout().map_or(0, |layout| n_pages * layout.page_bytes())
     }
 
@@ -223,9 +236,10 @@ impl View {
             let live = entry.live.as_ref().map_or(0, |live| 2 * live.masks.len() + 4 * live.ln_counts.len());
             size_of::<SegmentEntry>() + entry.segment.heap_bytes() + live
         };
-        let tail = tree.layout().map_or(0, |layout| tree.tail.heap_bytes(layout));
+        let tails = |layout| tree.tails().map(|tail| tail.heap_bytes(layout)).sum::<usize>();
+        let tail = tree.layout().map_or(0, tails);
         let pending: usize = self.state.pending.iter().map(|entry| entry.block.heap_bytes()).sum();
-        tree.segments.iter().map(segment).sum::<usize>() + tree.segments.heap_bytes() + tail + pending
+        tree.segments.all().map(segment).sum::<usize>() + tree.segments.heap_bytes() + tail + pending
     }
 
     /// What was seen as a state of its own: the last block, if it took more tokens meanwhile, ends where it was.

@@ -8,6 +8,7 @@ use crate::page::OpenPage;
 use crate::pending::Pending;
 use crate::segment::{Segment, SegmentRow};
 use crate::slot::Slot;
+use crate::stretch::Frozen;
 use crate::sync::Arc;
 use crate::tail::TailMeans;
 
@@ -103,14 +104,16 @@ pub(crate) fn full_mask(count: usize) -> u16 {
 /// The open pages of a tree.
 #[derive(Debug)]
 pub(crate) struct Tail {
+    /// Position of its first token; the pages count tokens from here.
+    pub(crate) start: usize,
     pub(crate) entries: Vec<TailEntry>,
     /// Means of the entries, for whoever inserts next; who finds nothing here computes them again.
     pub(crate) means: Slot<TailMeans>,
 }
 
 impl Tail {
-    pub(crate) fn new(entries: Vec<TailEntry>, means: Option<TailMeans>) -> Arc<Self> {
-        Arc::new(Self { entries, means: Slot::new(means.map(Box::new)) })
+    pub(crate) fn new(start: usize, entries: Vec<TailEntry>, means: Option<TailMeans>) -> Arc<Self> {
+        Arc::new(Self { start, entries, means: Slot::new(means.map(Box::new)) })
     }
 
     pub(crate) fn heap_bytes(&self, layout: PageLayout) -> usize {
@@ -124,23 +127,35 @@ impl Tail {
 pub(crate) struct Tree {
     /// Segment `j` holds positions `1024 j .. 1024 (j + 1)`.
     pub(crate) segments: Arc<Segments>,
+    /// A stretch that ended and is being packed aside; its pages stay in use until then.
+    pub(crate) frozen: Option<Frozen>,
     pub(crate) tail: Arc<Tail>,
 }
 
 impl Tree {
     pub(crate) fn empty() -> Self {
-        Self { segments: Arc::default(), tail: Tail::new(Vec::new(), None) }
+        Self { segments: Arc::default(), frozen: None, tail: Tail::new(0, Vec::new(), None) }
     }
 
-    /// First position of the tail.
+    /// The frozen stretch, if there is one, and the tail.
+    pub(crate) fn tails(&self) -> impl Iterator<Item = &Arc<Tail>> {
+        self.frozen.iter().map(|frozen| &frozen.tail).chain([&self.tail])
+    }
+
+    /// Open pages.
+    pub(crate) fn n_open(&self) -> usize {
+        self.tails().map(|tail| tail.entries.len()).sum()
+    }
+
+    /// First position behind the segments.
     pub(crate) fn tail_start(&self) -> usize {
         self.segments.len() * SEGMENT_TOKENS
     }
 
     /// Element type and shape of the pages; `None` for a tree without one.
     pub(crate) fn layout(&self) -> Option<PageLayout> {
-        let sealed = self.segments.iter().find(|entry| entry.segment.n_pages() > 0);
-        let tail = || self.tail.entries.first().map(|entry| entry.page.layout());
+        let sealed = self.segments.all().find(|entry| entry.segment.n_pages() > 0);
+        let tail = || self.tails().find_map(|tail| Some(tail.entries.first()?.page.layout()));
         sealed.map(|entry| entry.segment.layout()).or_else(tail)
     }
 }

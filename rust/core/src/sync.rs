@@ -9,6 +9,11 @@ pub(crate) use std::sync::{Arc, OnceLock};
 #[cfg(not(loom))]
 pub(crate) use crossbeam_queue::SegQueue as Queue;
 #[cfg(loom)]
+pub(crate) use loom::sync::{Mutex, MutexGuard};
+#[cfg(not(loom))]
+pub(crate) use std::sync::{Mutex, MutexGuard};
+
+#[cfg(loom)]
 pub(crate) use loom::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
@@ -16,6 +21,11 @@ pub(crate) use loom::sync::atomic::{
 pub(crate) use std::sync::atomic::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
+
+/// Locks a mutex where a panic of an earlier holder does not matter: it leaves complete values only.
+pub(crate) fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
 
 /// Locks the mutex of a model.
 #[cfg(loom)]
@@ -26,23 +36,23 @@ pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, 
 /// What `crossbeam_queue::SegQueue` promises, in terms that loom understands: pushes and pops are atomic.
 #[cfg(loom)]
 #[derive(Debug)]
-pub(crate) struct Queue<T>(loom::sync::Mutex<std::collections::VecDeque<T>>);
+pub(crate) struct Queue<T>(Mutex<std::collections::VecDeque<T>>);
 
 #[cfg(loom)]
 impl<T> Default for Queue<T> {
     fn default() -> Self {
-        Self(loom::sync::Mutex::new(std::collections::VecDeque::new()))
+        Self(Mutex::new(std::collections::VecDeque::new()))
     }
 }
 
 #[cfg(loom)]
 impl<T> Queue<T> {
     pub(crate) fn push(&self, value: T) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(value);
+        guard(&self.0).push_back(value);
     }
 
     pub(crate) fn pop(&self) -> Option<T> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        guard(&self.0).pop_front()
     }
 }
 

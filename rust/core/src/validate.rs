@@ -3,7 +3,7 @@
 
 use std::collections::HashSet;
 
-use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, Sealing};
+use crate::config::{PAGE_TOKENS, PART_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, Sealing};
 use crate::error::{Error, Result};
 use crate::forest::Forest;
 use crate::rows::{decode, is_finite};
@@ -30,10 +30,7 @@ impl Forest {
                 ensure(self.store().is_current(page.page), || format!("page {:?} was freed", page.page))?;
             }
             let named = |error| Error::Invariant(format!("head {h}: {error}"));
-            let (n_segments, routed) = (view.snapshot().segments.len(), view.trees().tokens);
-            ensure(self.shared().sealing == Sealing::Never || n_segments == routed / SEGMENT_TOKENS, || {
-                format!("head {h}: {n_segments} segments for {routed} tokens")
-            })?;
+            validate_stretches(&view, self.shared().sealing).map_err(named)?;
             validate_tree(&view).map_err(named)?;
             let tail = &view.snapshot().tail;
             if let Some(means) = tail.means.take() {
@@ -44,6 +41,34 @@ impl Forest {
         }
         Ok(())
     }
+}
+
+/// Segments, parts, a frozen stretch and the tail follow each other, each of the size that the way of sealing says.
+fn validate_stretches(view: &View, sealing: Sealing) -> Result<()> {
+    let (tree, routed) = (view.snapshot(), view.trees().tokens);
+    let (n_segments, n_parts) = (tree.segments.len(), tree.segments.parts().len());
+    let sealed = n_segments * SEGMENT_TOKENS + n_parts * PART_TOKENS;
+    let text = || {
+        let tails: Vec<usize> = tree.tails().map(|tail| tail.start).collect();
+        format!("{n_segments} segments, {n_parts} parts and tails from {tails:?} for {routed} tokens")
+    };
+    let joined = tree.tails().next().is_some_and(|first| first.start == sealed);
+    ensure(joined && n_parts * PART_TOKENS < SEGMENT_TOKENS, text)?;
+    let in_tail = routed - tree.tail.start;
+    let frozen = tree.tail.start - sealed;
+    ensure(
+        match (sealing, sealing.stretch()) {
+            (Sealing::Never, _) => frozen == 0 && n_parts == 0,
+            (_, None) => frozen == 0 && n_parts == 0 && in_tail < SEGMENT_TOKENS,
+            (_, Some(stretch)) => in_tail < stretch && (frozen == 0 || (frozen == stretch && in_tail < sealing.lag())),
+        },
+        text,
+    )?;
+    let quarter = |(m, part): (usize, &SegmentEntry)| {
+        let locals = (0..part.segment.n_pages()).flat_map(|page| part.segment.locals(page));
+        locals.into_iter().all(|&local| usize::from(local) / PART_TOKENS == m)
+    };
+    ensure(tree.segments.parts().iter().enumerate().all(quarter), || "a part holds tokens of another".to_owned())
 }
 
 /// Unless some were removed, every token below the length must be there.
@@ -61,7 +86,7 @@ fn validate_tree(view: &View) -> Result<()> {
     ensure(removals || seen.len() == view.tokens(), || {
         format!("{} of {} tokens are in pages", seen.len(), view.tokens())
     })?;
-    view.snapshot().segments.iter().try_for_each(validate_segment)?;
+    view.snapshot().segments.all().try_for_each(validate_segment)?;
     ensure(view.snapshot().segments.has_current_supers(), || "super-groups differ from their segments".to_owned())
 }
 
@@ -145,7 +170,7 @@ mod tests {
         corrupt(&forest, |tree| {
             let mut entries = tree.tail.entries.clone();
             entries.pop();
-            Tree { segments: Arc::clone(&tree.segments), tail: Tail::new(entries, None) }
+            Tree { tail: Tail::new(tree.tail.start, entries, None), ..tree.clone() }
         });
         assert!(finding(&forest).contains("of 5160 tokens are in pages"), "{}", finding(&forest));
     }
@@ -169,7 +194,7 @@ mod tests {
             entries[last].count -= 1;
             assert_ne!(full, TailMeans::of(&entries, layout));
             let stale = TailMeans::of(&entries, layout);
-            Tree { segments: Arc::clone(&tree.segments), tail: Tail::new(tree.tail.entries.clone(), Some(stale)) }
+            Tree { tail: Tail::new(tree.tail.start, tree.tail.entries.clone(), Some(stale)), ..tree.clone() }
         });
         assert!(finding(&forest).contains("means of the tail's pages"), "{}", finding(&forest));
     }
@@ -180,7 +205,8 @@ mod tests {
         corrupt(&forest, |tree| {
             let mut entries = tree.segments.to_vec();
             entries.swap(0, 4);
-            Tree { segments: Arc::new(tree.segments.with_entries(entries)), tail: Arc::clone(&tree.tail) }
+            let swapped = tree.segments.with_entries(entries).with_supers_of(&tree.segments);
+            Tree { segments: Arc::new(swapped), ..tree.clone() }
         });
         assert!(finding(&forest).contains("super-groups differ"), "{}", finding(&forest));
     }

@@ -8,7 +8,7 @@ use super::probe::{Probe, Query};
 use super::quantised::QuantisedQueries;
 use super::rank::top_keys;
 use super::scan::{Scan, ordinal};
-use crate::config::{CANDIDATE_REACH, FLAT_PAGES, PROBE_MASS, REACH, SEGMENT_GROUPS, SEGMENT_PAGES, SearchOptions};
+use crate::config::{CANDIDATE_REACH, FLAT_PAGES, PROBE_MASS, REACH, SEGMENT_PAGES, SearchOptions};
 use crate::math::{log_sum, rank_index, rank_key};
 use crate::simd::{BLOCK, Logit, kernels, prefetch};
 use crate::snapshot::View;
@@ -115,8 +115,7 @@ pub(crate) fn search_head(
     let mut scorer = PageScorer { layout, queries, logit, dots };
     exact.reset(group, options.n_candidates().min(n_scanned) + n_tail);
     for t in 0..n_tail {
-        let ordinal = view.snapshot().segments.len() * SEGMENT_PAGES + t;
-        exact.add(view, ordinal, None, &mut scorer);
+        exact.add(view, view.sealed_end() + t, None, &mut scorer);
     }
     *out.visited = (n_scanned + probe.n_scored + exact.ordinals.len()) as i64;
     for (g, left) in probe.left.chunks_exact(probe.n_left.max(1)).enumerate() {
@@ -143,8 +142,8 @@ pub(crate) fn search_head(
 fn rank_lanes(view: &View, scan: &Scan, weights: &[f32], keys: &mut Vec<u64>) {
     keys.clear();
     for ((&block, weights), i) in scan.blocks.iter().zip(weights.chunks_exact(BLOCK)).zip(0_u32..) {
-        let entry = &view.snapshot().segments[block as usize / SEGMENT_GROUPS];
-        let first = block as usize % SEGMENT_GROUPS * BLOCK;
+        let (entry, b) = view.snapshot().segments.block(block as usize);
+        let first = b * BLOCK;
         for ((weight, ln_count), lane) in weights.iter().zip(&entry.ln_counts()[first..first + BLOCK]).zip(0_u32..) {
             if *ln_count >= 0.0 {
                 keys.push(rank_key(*weight, i * BLOCK as u32 + lane));

@@ -90,13 +90,9 @@ impl Probe {
         scan.blocks.extend(self.keys[..n_visited].iter().map(|key| rank_index(*key)));
         scan.blocks.sort_unstable();
         // Blocks of a segment with fewer pages than 64 do not exist.
-        let exists = |block: u32| {
-            let (j, b) = (block as usize / SEGMENT_GROUPS, block as usize % SEGMENT_GROUPS);
-            b < entries[j].segment.summaries.n_blocks()
-        };
-        scan.blocks.retain(|&block| exists(block));
-        let uncovered = supers.len() * SUPER_SEGMENTS * SEGMENT_GROUPS..entries.len() * SEGMENT_GROUPS;
-        scan.blocks.extend(uncovered.map(|block| block as u32).filter(|&block| exists(block)));
+        scan.blocks.retain(|&block| entries.has_block(block as usize));
+        let uncovered = supers.len() * SUPER_SEGMENTS * SEGMENT_GROUPS..entries.n_blocks();
+        scan.blocks.extend(uncovered.filter(|&block| entries.has_block(block)).map(|block| block as u32));
     }
 
     /// Log-sum-exp estimates of all groups.

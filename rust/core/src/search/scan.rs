@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::quantised::QuantisedQueries;
-use crate::config::{REACH, SEGMENT_GROUPS};
+use crate::config::REACH;
 use crate::simd::{BLOCK, Logit, kernels};
 use crate::snapshot::View;
 
@@ -20,10 +20,9 @@ impl Scan {
     /// Visits every block.
     pub(crate) fn visit_all(&mut self, view: &View) {
         self.blocks.clear();
-        for (j, entry) in view.snapshot().segments.iter().enumerate() {
-            let blocks = entry.segment.summaries.n_blocks();
-            self.blocks.extend((0..blocks).map(|b| (j * SEGMENT_GROUPS + b) as u32));
-        }
+        let segments = &view.snapshot().segments;
+        self.blocks
+            .extend((0..segments.n_blocks()).filter(|&block| segments.has_block(block)).map(|block| block as u32));
     }
 
     /// Logits of the visited blocks into `logits[g * stride + 16 * i + lane]`; raises `max[g]`.
@@ -41,8 +40,7 @@ impl Scan {
         self.raw.resize(group * BLOCK, 0);
         self.radii.clear();
         for (i, &block) in self.blocks.iter().enumerate() {
-            let entry = &view.snapshot().segments[block as usize / SEGMENT_GROUPS];
-            let b = block as usize % SEGMENT_GROUPS;
+            let (entry, b) = view.snapshot().segments.block(block as usize);
             let summaries = &entry.segment.summaries;
             (kernels.scan)(summaries.block(b), &queries.levels, queries.pairs, &mut self.raw);
             let scales = &summaries.scales[b * BLOCK..][..BLOCK];
