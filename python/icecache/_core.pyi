@@ -7,6 +7,7 @@ name of the argument, what came and what was expected, and change nothing.
 """
 
 from collections.abc import Callable
+from os import PathLike
 
 import numpy as np
 import numpy.typing as npt
@@ -383,6 +384,38 @@ class VectorIndex:
         out: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Ids and distances (n, k) of the nearest vectors of queries (n, dim); without a pool on this thread."""
+    def range_search(
+        self,
+        pool: Pool | None,
+        queries: npt.NDArray[np.float32],
+        radius: float,
+        *,
+        beam: int | None = None,
+        filter: Filter | None = None,  # noqa: A002 -- the name users look for
+        max_results: int | None = None,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Limits (n + 1,), ids and distances of the vectors within `radius` of queries (n, dim)."""
+    def search_pages(
+        self,
+        pool: Pool | None,
+        queries: npt.NDArray[np.float32],
+        n_pages: int,
+        *,
+        group: int = 1,
+        scaling: float | None = None,
+        exact: bool = False,
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Page numbers and scores (n / group, n_pages) and mass (n,) for queries (n, dim) in groups."""
+    def pages(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.int64],
+        npt.NDArray[np.uint8],
+        npt.NDArray[np.float32],
+        npt.NDArray[np.float32],
+        npt.NDArray[np.uint32],
+    ]:
+        """Ids (n, 16), counts, means (n, dim), spreads and generations (n,) of all pages."""
     def remove(self, pool: Pool, ids: npt.NDArray[np.int64], strict: bool) -> int:
         """Remove ids (n,); returns how many there were. With `strict`, a missing one is a `KeyError`."""
     def get(self, ids: npt.NDArray[np.int64], out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
@@ -403,9 +436,14 @@ class VectorIndex:
         """Check every invariant; `RuntimeError` names the first one that does not hold."""
     def to_bytes(self) -> bytes:
         """Give the index as a file."""
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the index to a new file that then replaces `path`."""
     @staticmethod
-    def from_bytes(pool: Pool, data: bytes) -> VectorIndex:
-        """Make the index of a file that `to_bytes` made; `icecache.errors.IndexFormatError` if it is none."""
+    def from_bytes(pool: Pool, data: npt.NDArray[np.uint8]) -> VectorIndex:
+        """Make the index of a file in memory (n,); `icecache.errors.IndexFormatError` if it is none."""
+    @staticmethod
+    def open_mapped(pool: Pool, path: str | PathLike[str], verify: bool) -> VectorIndex:
+        """Map a file read-only; with `verify` all of it is checked, else all but its pages."""
 
 class Filter:
     """Which ids a search may return; made once, used with any index.

@@ -237,7 +237,7 @@ proptest! {
 
     #[test]
     fn any_bytes_are_an_index_or_a_format_error(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
-        let marked = [b"ICEX\x01\0\0\0\x04\x03\x02\x01".as_slice(), &bytes].concat();
+        let marked = [b"ICEX\x02\0\0\0\x04\x03\x02\x01".as_slice(), &bytes].concat();
         for file in [bytes, marked] {
             let result = VectorIndex::from_bytes(&pool(1), &file);
             prop_assert!(matches!(result, Err(VectorError::Format(_))));

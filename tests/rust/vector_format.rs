@@ -1,9 +1,9 @@
 //! Files whose checksums are right and whose content is not.
 
-use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use icecache_core::Dtype;
-use icecache_core::vector::{Metric, OnConflict, VectorConfig, VectorError, VectorIndex};
+use icecache_core::vector::{Effort, Metric, OnConflict, VectorConfig, VectorError, VectorIndex};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::vector::{add, get, pool};
@@ -11,14 +11,16 @@ use crate::vector::{add, get, pool};
 const HEADER: usize = 32;
 const ENTRY: usize = 32;
 
-type Sections = BTreeMap<[u8; 4], Vec<u8>>;
+type Sections = Vec<([u8; 4], Vec<u8>)>;
 
+/// 1500 vectors, one sealed segment and a tail, some removed.
 fn file() -> Vec<u8> {
     let config = VectorConfig { dim: 12, metric: Metric::Cosine, dtype: Dtype::F16, center: true, seed: 7 };
     let index = VectorIndex::new(config).unwrap();
-    let ids: Vec<i64> = (0..40).map(|i| i * 3 + 5).collect();
-    let rows: Vec<f32> = (0..40 * 12).map(|i| (i as f32 * 0.7).sin()).collect();
+    let ids: Vec<i64> = (0..1500).map(|i| i * 3 + 5).collect();
+    let rows: Vec<f32> = (0..1500 * 12).map(|i| (i as f32 * 0.7).sin()).collect();
     add(&index, &pool(1), Some(&ids), &rows, OnConflict::Error).unwrap();
+    index.remove(&pool(1), &[5, 8, 3 * 1400 + 5], true).unwrap();
     index.to_bytes()
 }
 
@@ -60,12 +62,20 @@ fn sign(header: &mut Vec<u8>, table: &[u8]) {
     header.extend_from_slice(&hash.to_le_bytes());
 }
 
+/// The same answer from both loaders, the second with all checks.
 fn refusal(file: &[u8]) -> String {
-    match VectorIndex::from_bytes(&pool(1), file) {
+    let mapping: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(file.to_vec());
+    let problem = |outcome: Result<VectorIndex, VectorError>| match outcome {
         Err(VectorError::Format(problem)) => problem,
         Err(other) => panic!("expected a format error, got {other}"),
         Ok(_) => panic!("the file was accepted"),
-    }
+    };
+    problem(VectorIndex::of_mapping(&pool(1), &mapping, true));
+    problem(VectorIndex::from_bytes(&pool(1), file))
+}
+
+fn of_tag<'a>(content: &'a mut Sections, tag: [u8; 4]) -> &'a mut Vec<u8> {
+    &mut content.iter_mut().find(|(name, _)| *name == tag).unwrap().1
 }
 
 fn forged(change: impl Fn(&mut Sections)) -> Vec<u8> {
@@ -75,43 +85,85 @@ fn forged(change: impl Fn(&mut Sections)) -> Vec<u8> {
 }
 
 fn put(tag: [u8; 4], at: usize, bytes: &[u8]) -> Vec<u8> {
-    forged(|content| content.get_mut(&tag).unwrap()[at..at + bytes.len()].copy_from_slice(bytes))
+    forged(|content| of_tag(content, tag)[at..at + bytes.len()].copy_from_slice(bytes))
 }
 
 #[test]
 fn a_file_put_together_by_hand_is_readable() {
     let index = VectorIndex::from_bytes(&pool(1), &forged(|_| {})).unwrap();
+    index.validate().unwrap();
     assert_eq!(index.to_bytes(), file());
 }
 
 #[test]
 fn an_unknown_section_is_skipped() {
-    let with_more = forged(|content| {
-        content.insert(*b"NEW_", vec![1; 100]);
-    });
-    assert_eq!(VectorIndex::from_bytes(&pool(1), &with_more).unwrap().len(), 40);
+    let with_more = forged(|content| content.insert(3, (*b"NEW_", vec![1; 100])));
+    assert_eq!(VectorIndex::from_bytes(&pool(1), &with_more).unwrap().len(), 1497);
+}
+
+#[test]
+fn a_mapped_file_is_the_index_that_was_saved() {
+    let copied = VectorIndex::from_bytes(&pool(1), &file()).unwrap();
+    for verify in [false, true] {
+        let mapping: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(file());
+        let mapped = VectorIndex::of_mapping(&pool(1), &mapping, verify).unwrap();
+        mapped.validate().unwrap();
+        assert!(mapped.is_read_only());
+        assert_eq!(mapped.to_bytes(), file());
+        let query: Vec<f32> = (0..12).map(|i| (i as f32).cos()).collect();
+        for effort in [Effort::default(), Effort::EXACT] {
+            let found = mapped.search(None, &query, 20, effort).unwrap();
+            assert_eq!(found, copied.search(None, &query, 20, effort).unwrap());
+        }
+        assert!(matches!(mapped.remove(&pool(1), &[5], false), Err(VectorError::ReadOnly)));
+        let stats = mapped.stats();
+        assert!(stats.page_bytes < copied.stats().page_bytes / 2, "{stats:?}");
+        // A copy can be written to; it shares the mapped pages until it packs them again.
+        let twin = mapped.copy();
+        drop(mapped);
+        let row: Vec<f32> = (0..12 * 700).map(|i| (i as f32).sin()).collect();
+        add(&twin, &pool(1), None, &row, OnConflict::Error).unwrap();
+        twin.validate().unwrap();
+        twin.compact(&pool(1), None).unwrap();
+        twin.validate().unwrap();
+        assert_eq!(twin.len(), 1497 + 700);
+    }
 }
 
 #[test]
 fn hostile_fields_are_refused_by_name() {
     let huge = u64::MAX.to_le_bytes();
-    let cases: [(Vec<u8>, &str); 17] = [
+    let cases: [(Vec<u8>, &str); 31] = [
         (put(*b"META", 0, &[0; 4]), "dim"),
         (put(*b"META", 0, &[255; 4]), "dim"),
         (put(*b"META", 0, &[13, 0, 0, 0]), "MEAN"),
         (put(*b"META", 4, &[9]), "metric"),
         (put(*b"META", 5, &[9]), "dtype"),
         (put(*b"META", 6, &[2]), "flag"),
-        (put(*b"META", 16, &huge), "IDS_"),
-        (put(*b"META", 16, &(1u64 << 61).to_le_bytes()), "IDS_"),
+        (put(*b"META", 16, &huge), "rows"),
+        (put(*b"META", 16, &1600u64.to_le_bytes()), "IDS_"),
+        (put(*b"META", 16, &1000u64.to_le_bytes()), "segments"),
         (put(*b"META", 24, &[0; 8]), "next id"),
         (put(*b"META", 24, &huge), "next id"),
-        (put(*b"IDS_", 8, &(-1i64).to_le_bytes()), "ids"),
-        (put(*b"IDS_", 8, &5i64.to_le_bytes()), "ids"),
+        (put(*b"META", 40, &huge), "segments"),
+        (put(*b"META", 40, &0u64.to_le_bytes()), "segments"),
+        (put(*b"IDS_", 8 * 20, &(-1i64).to_le_bytes()), "id"),
+        (put(*b"IDS_", 8 * 20, &(3 * 21 + 5i64).to_le_bytes()), "IDS_"),
         (put(*b"MEAN", 0, &f32::NAN.to_le_bytes()), "MEAN"),
         (put(*b"MEAN", 0, &3e38f32.to_le_bytes()), "norm"),
-        (put(*b"NORM", 0, &f32::INFINITY.to_le_bytes()), "NORM"),
-        (put(*b"NORM", 0, &(-1f32).to_le_bytes()), "NORM"),
+        (put(*b"XTRA", 0, &f32::INFINITY.to_le_bytes()), "XTRA"),
+        (put(*b"XTRA", 0, &(-1f32).to_le_bytes()), "XTRA"),
+        (put(*b"SEGS", 0, &[65]), "SEGS"),
+        (put(*b"SEGS", 0, &[63]), "PAGE"),
+        (put(*b"PAGE", 0, &[0]), "PAGE"),
+        (put(*b"PAGE", 0, &[17]), "PAGE"),
+        (put(*b"PAGE", 0, &[7]), "PAGE"),
+        (put(*b"PAGE", 4, &f32::NAN.to_le_bytes()), "PAGE"),
+        (put(*b"PAGE", 4, &(-1f32).to_le_bytes()), "PAGE"),
+        (put(*b"LOCL", 0, &1024u16.to_le_bytes()), "LOCL"),
+        (put(*b"LOCL", 2, &[0, 0]), "LOCL"),
+        (put(*b"TAIL", 0, &[2]), "TAIL"),
+        (put(*b"ROWS", 0, &[0, 0x7e]), "NaN"),
         (put(*b"KEYS", 0, &[0, 0x7e]), "NaN"),
     ];
     for (file, name) in cases {
@@ -121,16 +173,45 @@ fn hostile_fields_are_refused_by_name() {
 }
 
 #[test]
+fn wrong_summaries_are_computed_again_and_found_by_a_verified_mapping() {
+    for file in [put(*b"LEVL", 5, &[77]), put(*b"PAGE", 8, &1f32.to_le_bytes()), put(*b"GRUP", 20, &[77])] {
+        assert_eq!(VectorIndex::from_bytes(&pool(1), &file).unwrap().to_bytes(), self::file());
+        let mapping: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(file);
+        assert!(matches!(VectorIndex::of_mapping(&pool(1), &mapping, true), Err(VectorError::Format(_))));
+        assert!(VectorIndex::of_mapping(&pool(1), &mapping, false).is_ok());
+    }
+}
+
+#[test]
+fn damaged_rows_of_an_unverified_mapping_neither_panic_nor_hang() {
+    for byte in [0xff, 0x7c, 0x80] {
+        let file = forged(|content| of_tag(content, *b"KEYS").fill(byte));
+        let mapping: Arc<dyn AsRef<[u8]> + Send + Sync> = Arc::new(file);
+        let index = VectorIndex::of_mapping(&pool(1), &mapping, false).unwrap();
+        let query = vec![1.0; 12];
+        for effort in [Effort::default(), Effort::EXACT, Effort { beam: Some(3), ..Effort::default() }] {
+            index.search(None, &query, 5, effort).unwrap();
+            index.range_search(None, &query, 0.5, None, effort).unwrap();
+        }
+        index.pages().unwrap();
+        get(&index, &[11, 14]);
+    }
+}
+
+#[test]
 fn missing_and_misfit_sections_are_refused_by_name() {
-    for tag in [b"META", b"MEAN", b"IDS_", b"NORM", b"KEYS"] {
+    let tags: Vec<[u8; 4]> = sections(&file()).iter().map(|(tag, _)| *tag).collect();
+    assert_eq!(tags.len(), 12);
+    for tag in &tags {
         let name = String::from_utf8_lossy(tag).into_owned();
-        let without = forged(|content| {
-            content.remove(tag);
-        });
+        let without = forged(|content| content.retain(|(other, _)| other != tag));
         assert!(refusal(&without).contains(&name));
-        let shorter = forged(|content| content.get_mut(tag).unwrap().truncate(10));
+        let shorter = forged(|content| {
+            of_tag(content, *tag).pop();
+        });
         assert!(refusal(&shorter).contains(&name));
     }
+    assert!(refusal(&forged(|content| content.push((*b"MEAN", vec![0; 48])))).contains("twice"));
 }
 
 #[test]
@@ -144,7 +225,7 @@ fn hostile_offsets_are_refused() {
         sign(&mut header, &table);
         file[..HEADER].copy_from_slice(&header);
         let problem = refusal(&file);
-        assert!(problem.contains("outside") || problem.contains("zero"), "{problem}");
+        assert!(problem.contains("outside") || problem.contains("follow"), "{problem}");
     }
 }
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -14,10 +13,9 @@ import numpy.typing as npt
 
 from icecache import _core
 from icecache.index.brute import Metric
-from icecache.index.convert import as_ids, as_matrix, as_rows, from_tensor
-from icecache.index.filter import FilterLike, as_filter
+from icecache.index.convert import as_ids, as_rows, from_tensor
 from icecache.index.pool import shared_pool
-from icecache.index.result import SearchResult
+from icecache.index.reading import Reading
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 OnConflict = Literal["error", "replace", "skip"]
@@ -26,7 +24,7 @@ Missing = Literal["ignore", "error"]
 Progress = Callable[[int, int], "bool | None"]
 
 
-class Index:
+class Index(Reading):
     """Maximum inner product, squared L2 or cosine search over vectors that come and go.
 
     Parameters
@@ -61,7 +59,7 @@ class Index:
     each other. The GIL is released while the core works. `docs/index/concurrency.md` has the whole contract.
     """
 
-    __slots__ = ("_core", "_threads", "beam")
+    __slots__ = ()
 
     def __init__(
         self,
@@ -114,36 +112,6 @@ class Index:
         index.add(vectors, ids, progress=progress)
         return index
 
-    @property
-    def dim(self) -> int:
-        """Length of a vector."""
-        return self._core.dim
-
-    @property
-    def metric(self) -> str:
-        """``ip``, ``l2`` or ``cosine``."""
-        return self._core.metric
-
-    @property
-    def dtype(self) -> str:
-        """How vectors are stored."""
-        return self._core.dtype
-
-    @property
-    def page_tokens(self) -> int:
-        """Vectors of a full page."""
-        return 16
-
-    @property
-    def read_only(self) -> bool:
-        """Whether this is a snapshot or a mapped file, which cannot be written to."""
-        return self._core.read_only
-
-    @property
-    def mean(self) -> npt.NDArray[np.float32]:
-        """What is subtracted from every vector before it is stored, (dim,): zeros until there are 1024 vectors."""
-        return self._core.mean()
-
     def add(
         self,
         vectors: npt.ArrayLike,
@@ -192,61 +160,6 @@ class Index:
         given = None if ids is None else as_ids(np.reshape(from_tensor(ids, "ids"), -1) if single else ids)
         return self._core.add(self._pool(threads), given, rows, on_conflict, progress)
 
-    def _pool(self, threads: int | None) -> _core.Pool:
-        return shared_pool(self._threads if threads is None else threads)
-
-    def search(
-        self,
-        queries: npt.ArrayLike,
-        k: int = 10,
-        *,
-        beam: int | None = None,
-        filter: FilterLike | None = None,  # noqa: A002 -- the name users look for
-        exact: bool = False,
-        threads: int | None = None,
-        out: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None,
-    ) -> SearchResult:
-        """Find the `k` nearest vectors of each query.
-
-        Parameters
-        ----------
-        queries : array_like, (n_queries, dim) or (dim,)
-        k : int, default=10
-            Neighbours per query. More than the index holds is fine: the rest is padded with -1 and +inf.
-        beam : int, optional
-            Pages scored exactly per query. Default: the attribute `beam`, or as many as this query needs.
-        filter : Filter or bool array, (n,), or array_like of int, (m,), optional
-            Return allowed ids only (see `Filter`). Fewer than `k` allowed: padded as above.
-        exact : bool, default=False
-            Look at every vector.
-        threads : int, optional
-            Worker threads of this call. Default: the index's.
-        out : (int64 array, float32 array), optional
-            Where ids and distances are written, C-contiguous and of the result's shape.
-
-        Returns
-        -------
-        SearchResult
-            ids int64 and distances float32, (n_queries, k), or (k,) for one query; nearest first, ties by id.
-
-        Raises
-        ------
-        ValueError, TypeError
-            Wrong shape or dtype, NaN or infinity (the message names the row), negative `k`, `beam` under 1.
-        """
-        matrix, single = as_matrix(queries, "queries", self.dim)
-        if k < 0:
-            msg = f"k: expected at least 0, got {k}"
-            raise ValueError(msg)
-        beam = self.beam if beam is None else beam
-        if beam is not None and beam < 1:
-            msg = f"beam: expected at least 1 page, got {beam}"
-            raise ValueError(msg)
-        pool = self._pool(threads) if len(matrix) > 1 else None
-        rows = None if out is None else (out[0][None], out[1][None]) if single else (out[0], out[1])
-        ids, distances = self._core.search(pool, matrix, k, beam=beam, exact=exact, filter=as_filter(filter), out=rows)
-        return SearchResult(ids[0], distances[0]) if single else SearchResult(ids, distances)
-
     def remove(self, ids: npt.ArrayLike, *, missing: Missing = "ignore") -> int:
         """Remove vectors by id and return how many there were.
 
@@ -266,102 +179,61 @@ class Index:
             raise ValueError(msg)
         return self._core.remove(shared_pool(self._threads), as_ids(ids), missing == "error")
 
-    def get(self, ids: npt.ArrayLike, *, out: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
-        """Vectors by id, as they were given, to within the rounding of the dtype they are stored in.
-
-        Parameters
-        ----------
-        ids : array_like of int, (n,) or one int
-        out : float32 array, (n, dim), optional
-            Where the vectors are written.
-
-        Returns
-        -------
-        float32 array, (n, dim), or (dim,) for one id
-
-        Raises
-        ------
-        KeyError
-            If an id is not in the index.
-        """
-        single = np.ndim(from_tensor(ids, "ids")) == 0
-        rows = self._core.get(as_ids(ids), None if out is None else out[None] if single else out)
-        return rows[0] if single else rows
-
-    def __getitem__(self, ids: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        return self.get(ids)
-
-    def contains(self, ids: npt.ArrayLike) -> npt.NDArray[np.bool_]:
-        """Whether the index holds each id, bool (n,)."""
-        return self._core.contains(as_ids(ids))
-
-    def __contains__(self, vector_id: object) -> bool:
-        if isinstance(vector_id, bool) or not isinstance(vector_id, (int, np.integer)):
-            return False
-        return 0 <= int(vector_id) < 2**63 and bool(self._core.contains(as_ids([int(vector_id)]))[0])
-
-    def __len__(self) -> int:
-        return len(self._core)
-
-    #: Not iterable: `__getitem__` takes ids, so the default iteration would be wrong.
-    __iter__ = None
-
-    def nbytes(self) -> int:
-        """Bytes of memory the index holds: pages, summaries, ids."""
-        return self._core.nbytes()
-
-    def stats(self) -> dict[str, int]:
-        """Count vectors, removed (not yet reclaimed), segments, pages, tail, page_bytes, index_bytes, compactions."""
-        return self._core.stats()
-
-    def validate(self) -> None:
-        """Check every invariant of the structure; for tests.
-
-        Raises
-        ------
-        RuntimeError
-            Names the invariant that does not hold.
-        """
-        self._core.validate()
-
     def to_bytes(self) -> bytes:
         """Give the index as one checksummed, little-endian byte string (the contents of a saved file)."""
         return self._core.to_bytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes | bytearray | memoryview, *, threads: int | None = None) -> Index:
-        """Make an index from what `to_bytes` gave; pages are packed again, so it takes as long as a build.
+    def from_bytes(
+        cls, data: bytes | bytearray | memoryview | npt.NDArray[np.uint8], *, threads: int | None = None
+    ) -> Index:
+        """Make an index from what `to_bytes` gave. Every byte is checked, rows are copied, nothing is packed again.
 
         Raises
         ------
         IndexFormatError
             Not an index, cut short, corrupted, or of another version.
         """
-        return cls._of(_core.VectorIndex.from_bytes(shared_pool(threads), bytes(data)), threads)
+        file = np.frombuffer(data, np.uint8)
+        return cls._of(_core.VectorIndex.from_bytes(shared_pool(threads), file), threads)
 
     def save(self, file: str | os.PathLike[str] | BinaryIO) -> None:
-        """Write the index to a path (a new file, then renamed over the old one) or to an open binary file."""
-        data = self.to_bytes()
-        if not isinstance(file, (str, os.PathLike)):
-            file.write(data)
-            return
-        target = Path(file)
-        # Not mkstemp: it would make the file private, whatever the user's umask says.
-        beside = target.parent / f".{target.name}.{secrets.token_hex(8)}"
-        try:
-            with beside.open("xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            beside.replace(target)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                beside.unlink()
-            raise
+        """Write one snapshot to a path (a new file, synced, then renamed over the old one) or to an open binary file.
+
+        Rows of removed vectors that were not reclaimed yet are part of the file; `compact` drops them.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written; an old file at the path is then as it was.
+        """
+        if isinstance(file, (str, os.PathLike)):
+            self._core.save(file)
+        else:
+            file.write(self.to_bytes())
 
     @classmethod
-    def load(cls, file: str | os.PathLike[str] | BinaryIO, *, threads: int | None = None) -> Index:
+    def load(
+        cls,
+        file: str | os.PathLike[str] | BinaryIO,
+        *,
+        mmap: bool = False,
+        verify: bool = False,
+        threads: int | None = None,
+    ) -> Index:
         """Read what `save` wrote.
+
+        Parameters
+        ----------
+        file : path or binary file
+        mmap : bool, default=False
+            Map the file at a path and leave the vectors in it: a read-only index that is there at once and whose
+            memory the system shares between processes. The file must not change meanwhile (`save` to the same path is
+            fine: it makes a new file). `copy` gives an index that can be written to.
+        verify : bool, default=False
+            With `mmap`, read and check the vectors too. Without `mmap` everything is always checked.
+        threads : int, optional
+            As for the constructor.
 
         Raises
         ------
@@ -369,8 +241,16 @@ class Index:
             Not an index, cut short, corrupted, or of another version.
         OSError
             If the file cannot be read.
+        ValueError
+            `mmap` of a file object.
         """
-        data = Path(file).read_bytes() if isinstance(file, (str, os.PathLike)) else file.read()
+        path = file if isinstance(file, (str, os.PathLike)) else None
+        if mmap:
+            if path is None:
+                msg = f"file: expected a path to map, got {type(file).__name__}"
+                raise ValueError(msg)
+            return cls._of(_core.VectorIndex.open_mapped(shared_pool(threads), path, verify), threads)
+        data = Path(path).read_bytes() if path is not None else file.read()  # type: ignore[union-attr]
         return cls.from_bytes(data, threads=threads)
 
     def snapshot(self) -> Index:
@@ -411,13 +291,18 @@ class Index:
     def __deepcopy__(self, memo: dict[int, object]) -> Index:
         return self.copy()
 
-    def __reduce__(self) -> tuple[object, tuple[bytes, int | None]]:
-        return _from_pickle, (self.to_bytes(), self._threads)
+    def __reduce_ex__(self, protocol: object) -> tuple[object, tuple[object, int | None, int | None]]:
+        # Protocol 5 can hand the bytes over without a copy (`buffer_callback`).
+        out_of_band = isinstance(protocol, int) and protocol >= 5
+        data = self.to_bytes()
+        return _from_pickle, (pickle.PickleBuffer(data) if out_of_band else data, self._threads, self.beam)
 
     def __repr__(self) -> str:
         kind = ", read_only=True" if self.read_only else ""
         return f"Index(dim={self.dim}, metric={self.metric!r}, dtype={self.dtype!r}, vectors={len(self)}{kind})"
 
 
-def _from_pickle(data: bytes, threads: int | None) -> Index:
-    return Index.from_bytes(data, threads=threads)
+def _from_pickle(data: bytes | memoryview, threads: int | None, beam: int | None) -> Index:
+    index = Index.from_bytes(data, threads=threads)
+    index.beam = beam
+    return index

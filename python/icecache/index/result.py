@@ -68,3 +68,66 @@ class SearchResult(NamedTuple):
         else:
             found = sum(len(np.intersect1d(row[row >= 0], true)) for row, true in zip(rows, true_rows, strict=True))
         return float(found) / wanted
+
+
+class RangeResult(NamedTuple):
+    """Vectors within a radius, query after query; unpacks as ``lims, ids, distances`` (the layout of faiss).
+
+    Attributes
+    ----------
+    lims : int64 array, (n_queries + 1,)
+        Query ``i`` has the entries ``lims[i]:lims[i + 1]``. For one query, (2,).
+    ids : int64 array, (lims[-1],)
+    distances : float32 array, (lims[-1],)
+        Ascending within a query.
+    """
+
+    lims: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    distances: npt.NDArray[np.float32]
+
+    def query(self, number: int) -> SearchResult:
+        """Give the neighbours of one query."""
+        part = slice(self.lims[number], self.lims[number + 1])
+        return SearchResult(self.ids[part], self.distances[part])
+
+
+class PageResult(NamedTuple):
+    """Pages for groups of queries; unpacks as ``pages, scores, mass``.
+
+    Attributes
+    ----------
+    pages : int32 array, (n_groups, n_pages), or (n_pages,) for one query
+        Best first; row numbers of `Index.pages` of the same snapshot. -1 where there are fewer.
+    scores : float32 array, same shape
+        Share of the softmax mass that the page holds, averaged over the group.
+    mass : float32 array, (n_queries,), or () for one query
+        Share of the softmax mass that all of them hold.
+    """
+
+    pages: npt.NDArray[np.int32]
+    scores: npt.NDArray[np.float32]
+    mass: npt.NDArray[np.float32]
+
+
+class Pages(NamedTuple):
+    """All pages of an index by column; a page that lost all its vectors stays, with a count of 0.
+
+    Attributes
+    ----------
+    ids : int64 array, (n_pages, 16)
+        Ids of the vectors of each page, then -1.
+    counts : uint8 array, (n_pages,)
+    means : float32 array, (n_pages, dim)
+        Means of the vectors; for ``cosine`` of the normalised ones.
+    spreads : float32 array, (n_pages,)
+        Root mean square distance of the vectors to their mean.
+    generations : uint32 array, (n_pages,)
+        How often the page's memory had been used before.
+    """
+
+    ids: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.uint8]
+    means: npt.NDArray[np.float32]
+    spreads: npt.NDArray[np.float32]
+    generations: npt.NDArray[np.uint32]

@@ -2,17 +2,17 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::{Lease, PageStore};
-use crate::config::PART_TOKENS;
-use crate::config::Sealing;
+use crate::config::{PART_TOKENS, SEGMENT_TOKENS, Sealing};
 use crate::cut;
 use crate::error::{Error, Result};
+use crate::groups::Segments;
 use crate::head::HeadIndex;
 use crate::page::Row;
 use crate::pending::{BLOCK_TOKENS, Pending};
 use crate::rows::is_finite;
 use crate::shared::Shared;
 use crate::snapshot::View;
-use crate::state::{State, Tree, Trees};
+use crate::state::{SegmentEntry, State, Tail, Tree, Trees};
 use crate::sync::Arc;
 
 /// What happened to a forest so far, summed over its heads.
@@ -72,6 +72,15 @@ impl Forest {
     /// A sequence that shares the pages that the forest of a view had at that moment. Wait-free.
     pub(crate) fn of_view(store: Arc<PageStore>, sealing: Sealing, view: &View) -> Self {
         Self::from_state(store, sealing, view.frozen())
+    }
+
+    /// A sequence of one tree with these segments of 1024 positions each and an empty tail.
+    pub(crate) fn of_segments(store: Arc<PageStore>, entries: Vec<SegmentEntry>) -> Self {
+        let tokens = entries.len() * SEGMENT_TOKENS;
+        let segments = Arc::new(Segments::default().extended(entries));
+        let tree = Tree { segments, frozen: None, tail: Tail::new(tokens, Vec::new(), None) };
+        let trees = Arc::new(Trees { heads: Box::new([tree]), tokens, removals: true });
+        Self::from_state(store, Sealing::default(), State { trees, pending: Vec::new() })
     }
 
     /// Store of its pages.

@@ -39,6 +39,30 @@ impl GroupSummary {
         Self { mean: quantise(&mean), variance: quantise(&variance) }
     }
 
+    /// Bytes of [`write`](Self::write).
+    pub(crate) fn stored_bytes(dim: usize) -> usize {
+        8 + 2 * dim
+    }
+
+    /// Appends scales and levels.
+    pub(crate) fn write(&self, out: &mut Vec<u8>) {
+        for (scale, levels) in [&self.mean, &self.variance] {
+            out.extend_from_slice(&scale.to_le_bytes());
+            out.extend_from_slice(bytemuck::cast_slice(levels));
+        }
+    }
+
+    /// Reads what `write` wrote; `None` for bytes that are no summary.
+    pub(crate) fn read(bytes: &[u8], dim: usize) -> Option<Self> {
+        let quantity = |bytes: &[u8]| {
+            let (scale, levels) = bytes.split_first_chunk::<4>()?;
+            let scale = f32::from_le_bytes(*scale);
+            (scale.is_finite() && scale >= 0.0).then(|| (scale, bytemuck::cast_slice(levels).to_vec()))
+        };
+        let (mean, variance) = bytes.split_at_checked(4 + dim).filter(|(_, rest)| rest.len() == 4 + dim)?;
+        Some(Self { mean: quantity(mean)?, variance: quantity(variance)? })
+    }
+
     pub(crate) fn heap_bytes(&self) -> usize {
         size_of::<Self>() + self.mean.1.len() + self.variance.1.len()
     }

@@ -116,7 +116,7 @@ impl Grown {
             let stretch = frozen.map(|frozen| frozen.tail);
             // What the old trees hold too is not ours alone, and stays.
             for entry in Arc::into_inner(segments).into_iter().flat_map(Segments::into_entries) {
-                all.extend(Arc::into_inner(entry.segment).map(Segment::into_lease));
+                all.extend(Arc::into_inner(entry.segment).and_then(Segment::into_lease));
             }
             for entry in
                 [Some(tail), stretch].into_iter().flatten().filter_map(Arc::into_inner).flat_map(|tail| tail.entries)

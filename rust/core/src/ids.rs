@@ -13,3 +13,8 @@ pub struct PageRef {
     /// Number of earlier lives of this place.
     pub generation: u32,
 }
+
+impl PageRef {
+    /// Generation of pages in a mapped file: they belong to no store and are never reused.
+    pub(crate) const MAPPED: u32 = u32::MAX;
+}

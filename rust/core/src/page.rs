@@ -6,7 +6,7 @@
 
 use crate::arena::Lease;
 use crate::config::PAGE_TOKENS;
-use crate::ids::PageRef;
+use crate::ids::{PageId, PageRef};
 use crate::layout::PageLayout;
 use crate::sync::{AtomicU32, Ordering, Site, acquire, release};
 
@@ -73,11 +73,43 @@ unsafe fn value_bytes(lease: &Lease, page: usize, count: usize) -> &[u8] {
     unsafe { std::slice::from_raw_parts(start.as_ptr(), count * layout.value_bytes()) }
 }
 
+/// Bytes that outlive whoever reads them: a mapped file.
+pub(crate) type Mapping = std::sync::Arc<dyn AsRef<[u8]> + Send + Sync>;
+
 /// Pages that were filled once and never change.
 #[derive(Debug)]
 pub(crate) struct SealedPages {
-    lease: Lease,
+    memory: Memory,
     counts: Box<[u8]>,
+}
+
+#[derive(Debug)]
+enum Memory {
+    Leased(Lease),
+    Mapped(MappedPages),
+}
+
+/// Pages in a mapped file, `page_bytes` each.
+pub(crate) struct MappedPages {
+    /// Holds at least the pages that are asked for; checked by who makes this.
+    pub(crate) bytes: Mapping,
+    /// Place of the first page.
+    pub(crate) start: usize,
+    pub(crate) layout: PageLayout,
+    /// Number of the first page in its file.
+    pub(crate) first: u32,
+}
+
+impl std::fmt::Debug for MappedPages {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MappedPages").field("start", &self.start).field("first", &self.first).finish_non_exhaustive()
+    }
+}
+
+impl MappedPages {
+    fn page(&self, page: usize) -> &[u8] {
+        &(*self.bytes).as_ref()[self.start + page * self.layout.page_bytes()..][..self.layout.page_bytes()]
+    }
 }
 
 impl SealedPages {
@@ -92,7 +124,17 @@ impl SealedPages {
             counts.push(rows.len() as u8);
         }
         assert_eq!(counts.len(), lease.pages().len(), "one page of the lease per page of rows");
-        Self { lease: lease.exposed(), counts: counts.into_boxed_slice() }
+        Self { memory: Memory::Leased(lease.exposed()), counts: counts.into_boxed_slice() }
+    }
+
+    /// Pages of a file, with the slots of each.
+    pub(crate) fn mapped(pages: MappedPages, counts: Box<[u8]>) -> Self {
+        Self { memory: Memory::Mapped(pages), counts }
+    }
+
+    /// Whether the pages lie in a file and not in a store.
+    pub(crate) fn is_mapped(&self) -> bool {
+        matches!(self.memory, Memory::Mapped(_))
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -104,19 +146,31 @@ impl SealedPages {
     }
 
     pub(crate) fn page_ref(&self, page: usize) -> PageRef {
-        self.lease.pages()[page]
+        match &self.memory {
+            Memory::Leased(lease) => lease.pages()[page],
+            Memory::Mapped(pages) => PageRef { id: PageId(pages.first + page as u32), generation: PageRef::MAPPED },
+        }
     }
 
     /// Keys of page `page`, `count * key_dim` elements.
     pub(crate) fn keys(&self, page: usize) -> &[u8] {
-        // SAFETY: `write` filled `count` slots and nothing writes afterwards.
-        unsafe { key_bytes(&self.lease, page, self.count(page)) }
+        match &self.memory {
+            // SAFETY: `write` filled `count` slots and nothing writes afterwards.
+            Memory::Leased(lease) => unsafe { key_bytes(lease, page, self.count(page)) },
+            Memory::Mapped(pages) => &pages.page(page)[..self.count(page) * pages.layout.key_bytes()],
+        }
     }
 
     /// Values of page `page`, `count * value_dim` elements.
     pub(crate) fn values(&self, page: usize) -> &[u8] {
-        // SAFETY: as for `keys`.
-        unsafe { value_bytes(&self.lease, page, self.count(page)) }
+        match &self.memory {
+            // SAFETY: as for `keys`.
+            Memory::Leased(lease) => unsafe { value_bytes(lease, page, self.count(page)) },
+            Memory::Mapped(pages) => {
+                let start = PAGE_TOKENS * pages.layout.key_bytes();
+                &pages.page(page)[start..][..self.count(page) * pages.layout.value_bytes()]
+            }
+        }
     }
 
     pub(crate) fn row(&self, page: usize, slot: usize) -> Row<'_> {
@@ -124,12 +178,18 @@ impl SealedPages {
     }
 
     pub(crate) fn layout(&self) -> PageLayout {
-        self.lease.store().layout()
+        match &self.memory {
+            Memory::Leased(lease) => lease.store().layout(),
+            Memory::Mapped(pages) => pages.layout,
+        }
     }
 
-    /// The pages' memory, once nobody else can read it.
-    pub(crate) fn into_lease(self) -> Lease {
-        self.lease
+    /// The pages' memory, once nobody else can read it; `None` for pages in a file.
+    pub(crate) fn into_lease(self) -> Option<Lease> {
+        match self.memory {
+            Memory::Leased(lease) => Some(lease),
+            Memory::Mapped(_) => None,
+        }
     }
 
     pub(crate) fn heap_bytes(&self) -> usize {

@@ -49,12 +49,28 @@ impl Segment {
         Self { pages: SealedPages::write(lease, content), locals, summaries, groups }
     }
 
+    /// The segment of pages that were packed before; summaries are computed again.
+    pub(crate) fn of_pages(pages: SealedPages, locals: Box<[u16]>) -> Self {
+        let (summaries, groups) = summarise(&pages, locals.len());
+        Self { pages, locals, summaries, groups }
+    }
+
+    /// The segment of pages whose summaries are known.
+    pub(crate) fn of_parts(
+        pages: SealedPages,
+        locals: Box<[u16]>,
+        summaries: Summaries,
+        groups: Vec<GroupSummary>,
+    ) -> Self {
+        Self { pages, locals, summaries, groups }
+    }
+
     pub(crate) fn pages(&self) -> &SealedPages {
         &self.pages
     }
 
     /// Its pages' memory, once nobody else can read them.
-    pub(crate) fn into_lease(self) -> Lease {
+    pub(crate) fn into_lease(self) -> Option<Lease> {
         self.pages.into_lease()
     }
 
@@ -90,15 +106,8 @@ impl Segment {
 
     /// Whether summaries computed again from the rows are the stored ones, bit for bit.
     pub(crate) fn has_current_summaries(&self) -> bool {
-        let layout = self.layout();
-        let mut keys = vec![0.0; self.n_tokens() * layout.key_dim];
-        for (page, out) in keys.chunks_mut(PAGE_TOKENS * layout.key_dim).enumerate() {
-            decode(layout.dtype, self.pages.keys(page), out);
-        }
-        let slots: Vec<u16> = (0..self.n_tokens() as u16).collect();
-        let packing: Vec<Vec<u16>> = slots.chunks(PAGE_TOKENS).map(<[u16]>::to_vec).collect();
-        self.summaries == Summaries::build(&keys, layout.key_dim, &packing)
-            && self.groups == GroupSummary::of_segment(&keys, layout.key_dim, &packing)
+        let (summaries, groups) = summarise(&self.pages, self.n_tokens());
+        self.summaries == summaries && self.groups == groups
     }
 
     /// Bytes beside the pages.
@@ -106,6 +115,18 @@ impl Segment {
         let groups: usize = self.groups.iter().map(GroupSummary::heap_bytes).sum();
         size_of::<Self>() + 2 * self.locals.len() + self.pages.heap_bytes() + self.summaries.heap_bytes() + groups
     }
+}
+
+/// Summaries of full pages (but for the last), computed from their rows.
+fn summarise(pages: &SealedPages, n_tokens: usize) -> (Summaries, Vec<GroupSummary>) {
+    let layout = pages.layout();
+    let mut keys = vec![0.0; n_tokens * layout.key_dim];
+    for (page, out) in keys.chunks_mut(PAGE_TOKENS * layout.key_dim).enumerate() {
+        decode(layout.dtype, pages.keys(page), out);
+    }
+    let slots: Vec<u16> = (0..n_tokens as u16).collect();
+    let packing: Vec<Vec<u16>> = slots.chunks(PAGE_TOKENS).map(<[u16]>::to_vec).collect();
+    (Summaries::build(&keys, layout.key_dim, &packing), GroupSummary::of_segment(&keys, layout.key_dim, &packing))
 }
 
 /// Orders full pages so that similar ones share a block of 16: the same packing, of their means. A short page stays last.
@@ -140,10 +161,10 @@ pub(crate) struct Summaries {
 }
 
 impl Summaries {
-    fn build(keys: &[f32], dim: usize, packing: &[Vec<u16>]) -> Self {
+    fn empty(dim: usize, n_pages: usize) -> Self {
         let pairs = dim.div_ceil(2);
-        let lanes = packing.len().next_multiple_of(BLOCK);
-        let mut built = Self {
+        let lanes = n_pages.next_multiple_of(BLOCK);
+        Self {
             means: vec![0; lanes * 2 * pairs].into_boxed_slice(),
             scales: vec![0.0; lanes].into_boxed_slice(),
             ln_counts: vec![f32::NEG_INFINITY; lanes].into_boxed_slice(),
@@ -151,10 +172,15 @@ impl Summaries {
             radii: vec![0.0; lanes].into_boxed_slice(),
             mean_squares: vec![0.0; lanes].into_boxed_slice(),
             pairs,
-        };
+        }
+    }
+
+    fn build(keys: &[f32], dim: usize, packing: &[Vec<u16>]) -> Self {
+        let mut built = Self::empty(dim, packing.len());
         for (page, members) in packing.iter().enumerate() {
             let mean = mean_of(members.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
-            built.set(page, members.len(), &mean);
+            let (scale, levels) = quantise(&mean);
+            built.set(page, members.len(), scale, &levels);
             let square = |x: f32| f64::from(x) * f64::from(x);
             let distances = square_distances(keys, dim, members, &mean);
             let (sum, max) = distances.iter().fold((0.0, 0.0), |(sum, max), &d| (sum + d, f64::max(max, d)));
@@ -166,14 +192,28 @@ impl Summaries {
         built
     }
 
-    fn set(&mut self, page: usize, count: usize, mean: &[f32]) {
-        let (scale, quantised) = quantise(mean);
+    fn set(&mut self, page: usize, count: usize, scale: f32, levels: &[i8]) {
         let block = &mut self.means[page / BLOCK * (2 * BLOCK * self.pairs)..];
-        for (d, &level) in quantised.iter().enumerate() {
+        for (d, &level) in levels.iter().enumerate() {
             block[d / 2 * (2 * BLOCK) + page % BLOCK * 2 + d % 2] = level;
         }
         self.scales[page] = scale;
         self.ln_counts[page] = (count as f32).ln();
+    }
+
+    /// The numbers of a page that a file keeps beside its mean's levels: scale, spread, radius, squared norm of the mean.
+    pub(crate) fn numbers(&self, page: usize) -> [f32; 4] {
+        [self.scales[page], self.spreads[page], self.radii[page], self.mean_squares[page]]
+    }
+
+    /// Summaries from what a file keeps per page: tokens, numbers, levels of the mean.
+    pub(crate) fn of_parts<'a>(dim: usize, pages: impl ExactSizeIterator<Item = (usize, [f32; 4], &'a [i8])>) -> Self {
+        let mut built = Self::empty(dim, pages.len());
+        for (page, (count, [scale, spread, radius, mean_square], levels)) in pages.enumerate() {
+            built.set(page, count, scale, levels);
+            (built.spreads[page], built.radii[page], built.mean_squares[page]) = (spread, radius, mean_square);
+        }
+        built
     }
 
     pub(crate) fn n_blocks(&self) -> usize {

@@ -222,7 +222,8 @@ impl View {
 
     /// Bytes of the pages, those without a live token included.
     pub(crate) fn page_bytes(&self) -> usize {
-        let sealed: usize = self.snapshot().segments.all().map(|entry| entry.segment.n_pages()).sum();
+        let owned = self.snapshot().segments.all().filter(|entry| !entry.segment.pages().is_mapped());
+        let sealed: usize = owned.map(|entry| entry.segment.n_pages()).sum();
         let open = self.snapshot().n_open();
         let pending = self.sealed_end() + open..self.ordinal_end();
         let n_pages = sealed + open + pending.filter(|&ordinal| self.page(ordinal).is_some()).count();

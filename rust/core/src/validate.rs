@@ -6,6 +6,7 @@ use std::collections::HashSet;
 use crate::config::{PAGE_TOKENS, PART_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, Sealing};
 use crate::error::{Error, Result};
 use crate::forest::Forest;
+use crate::ids::PageRef;
 use crate::rows::{decode, is_finite};
 use crate::segment::mean_of;
 use crate::snapshot::{PageView, View};
@@ -26,8 +27,9 @@ impl Forest {
         let mut pages = HashSet::new();
         for (h, view) in self.views().enumerate() {
             for page in view.pages() {
-                ensure(pages.insert(page.page.id), || format!("page {:?} is used twice", page.page))?;
-                ensure(self.store().is_current(page.page), || format!("page {:?} was freed", page.page))?;
+                ensure(pages.insert(page.page), || format!("page {:?} is used twice", page.page))?;
+                let mapped = page.page.generation == PageRef::MAPPED;
+                ensure(mapped || self.store().is_current(page.page), || format!("page {:?} was freed", page.page))?;
             }
             let named = |error| Error::Invariant(format!("head {h}: {error}"));
             validate_stretches(&view, self.shared().sealing).map_err(named)?;

@@ -46,6 +46,7 @@ impl IntoPy for VectorError {
             Self::Format(_) => error_of_package(py, "IndexFormatError", self.to_string()),
             Self::Cancelled => error_of_package(py, "CancelledError", self.to_string()),
             Self::ReadOnly => error_of_package(py, "ReadOnlyIndexError", self.to_string()),
+            Self::Io(error) => error.into(),
             Self::Reentrant => PyRuntimeError::new_err(self.to_string()),
             _ => PyValueError::new_err(self.to_string()),
         }

@@ -1,9 +1,11 @@
 //! The standalone index; `icecache.Index` is the friendly side of it.
 
-use icecache_core::Dtype;
+use std::path::PathBuf;
+
 use icecache_core::vector::{
-    self as core, Addition, Effort, Metric, Neighbours, OnConflict, VectorConfig, VectorError,
+    self as core, Addition, Effort, Metric, Neighbours, OnConflict, PageSearch, VectorConfig, VectorError,
 };
+use icecache_core::{Dtype, PAGE_TOKENS};
 use numpy::{Element, PyArray1, PyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -16,6 +18,21 @@ use crate::vectors::{Filter, Matrix, run_reporting};
 
 /// Ids and distances of a search.
 type Found<'py> = (Bound<'py, PyArrayDyn<i64>>, Bound<'py, PyArrayDyn<f32>>);
+
+/// Limits, ids, distances.
+type RangeColumns<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>);
+
+/// Pages, scores, mass.
+type PageMatches<'py> = (Bound<'py, PyArrayDyn<i32>>, Bound<'py, PyArrayDyn<f32>>, Bound<'py, PyArray1<f32>>);
+
+/// See [`VectorIndex::pages`].
+type PageColumns<'py> = (
+    Bound<'py, PyArrayDyn<i64>>,
+    Bound<'py, PyArray1<u8>>,
+    Bound<'py, PyArrayDyn<f32>>,
+    Bound<'py, PyArray1<f32>>,
+    Bound<'py, PyArray1<u32>>,
+);
 
 /// Queries searched between two looks at signals: some tens of milliseconds on one thread.
 const QUERY_BLOCK: usize = 1024;
@@ -138,6 +155,67 @@ impl VectorIndex {
         Ok((write(&ids, "out[0]", &shape, &found.ids)?, write(&distances, "out[1]", &shape, &found.distances)?))
     }
 
+    /// `(lims, ids, distances)` of the vectors within `radius` of queries, float32 (n, dim): int64 (n + 1,), int64 and
+    /// float32 (lims[-1],).
+    #[pyo3(signature = (pool, queries, radius, *, beam=None, filter=None, max_results=None))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python method")]
+    fn range_search<'py>(
+        &self,
+        py: Python<'py>,
+        pool: Option<&Bound<'_, Pool>>,
+        queries: &Bound<'py, PyAny>,
+        radius: f32,
+        beam: Option<&Bound<'_, PyAny>>,
+        filter: Option<&Bound<'_, Filter>>,
+        max_results: Option<&Bound<'_, PyAny>>,
+    ) -> PyResult<RangeColumns<'py>> {
+        let (beam, most) = (optional_count(beam, "beam")?, optional_count(max_results, "max_results")?);
+        let queries = readonly::<f32>(queries, "queries", &[None, Some(self.dim())])?;
+        let (rows, pool) = (slice(&queries, "queries")?, pool.map(|pool| &*pool.get().inner));
+        let effort = Effort { beam, filter: filter.map(|filter| &filter.get().inner), ..Effort::default() };
+        let found = run(py, || self.inner.range_search(pool, rows, radius, most, effort))?;
+        let (limits, ids) = (PyArray1::from_vec(py, found.limits), PyArray1::from_vec(py, found.ids));
+        Ok((limits, ids, PyArray1::from_vec(py, found.distances)))
+    }
+
+    /// `(pages, scores, mass)` for queries, float32 (n, dim), in groups: int32 and float32 (n / group, `n_pages`), float32
+    /// (n,).
+    #[pyo3(signature = (pool, queries, n_pages, *, group=1, scaling=None, exact=false))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python method")]
+    fn search_pages<'py>(
+        &self,
+        py: Python<'py>,
+        pool: Option<&Bound<'_, Pool>>,
+        queries: &Bound<'py, PyAny>,
+        n_pages: &Bound<'_, PyAny>,
+        group: usize,
+        scaling: Option<f32>,
+        exact: bool,
+    ) -> PyResult<PageMatches<'py>> {
+        let n_pages = count(n_pages, "n_pages")?;
+        let queries = readonly::<f32>(queries, "queries", &[None, Some(self.dim())])?;
+        let shape = [queries.shape()[0] / group.max(1), n_pages];
+        let (rows, pool) = (slice(&queries, "queries")?, pool.map(|pool| &*pool.get().inner));
+        let search = PageSearch { n_pages, group, scaling, exact };
+        let found = run(py, || self.inner.search_pages(pool, rows, search))?;
+        let mass = PyArray1::from_vec(py, found.mass);
+        Ok((to_array(py, found.pages, &shape)?, to_array(py, found.scores, &shape)?, mass))
+    }
+
+    /// Columns of all pages: ids int64 (n, 16), counts uint8 (n,), means float32 (n, dim), spreads float32 (n,),
+    /// generations uint32 (n,).
+    fn pages<'py>(&self, py: Python<'py>) -> PyResult<PageColumns<'py>> {
+        let pages = run(py, || self.inner.pages())?;
+        let n = pages.counts.len();
+        Ok((
+            to_array(py, pages.ids, &[n, PAGE_TOKENS])?,
+            PyArray1::from_vec(py, pages.counts),
+            to_array(py, pages.means, &[n, self.dim()])?,
+            PyArray1::from_vec(py, pages.spreads),
+            PyArray1::from_vec(py, pages.generations),
+        ))
+    }
+
     /// Remove ids, int64 (n,); returns how many there were. With `strict`, a missing one is a `KeyError`.
     fn remove(&self, py: Python<'_>, pool: &Bound<'_, Pool>, ids: &Bound<'_, PyAny>, strict: bool) -> PyResult<usize> {
         let ids = readonly::<i64>(ids, "ids", &[None])?;
@@ -222,11 +300,25 @@ impl VectorIndex {
         Ok(PyBytes::new(py, &file))
     }
 
-    /// The index of a file that `to_bytes` made.
+    /// Write the index to a new file that then replaces `path`.
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        run(py, move || self.inner.save(&path).map_err(VectorError::from))
+    }
+
+    /// The index of a file in memory, uint8 (n,), copied.
     #[staticmethod]
-    fn from_bytes(py: Python<'_>, pool: &Bound<'_, Pool>, data: &Bound<'_, PyBytes>) -> PyResult<Self> {
-        let (pool, bytes) = (&pool.get().inner, data.as_bytes());
+    fn from_bytes(py: Python<'_>, pool: &Bound<'_, Pool>, data: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let data = readonly::<u8>(data, "data", &[None])?;
+        let (pool, bytes) = (&pool.get().inner, slice(&data, "data")?);
         let inner = run(py, || core::VectorIndex::from_bytes(pool, bytes))?;
+        Ok(Self { inner })
+    }
+
+    /// Map a file: a read-only index. With `verify`, all of it is read and checked, else all but its pages.
+    #[staticmethod]
+    fn open_mapped(py: Python<'_>, pool: &Bound<'_, Pool>, path: PathBuf, verify: bool) -> PyResult<Self> {
+        let pool = &pool.get().inner;
+        let inner = run(py, move || core::VectorIndex::open_mapped(pool, &path, verify))?;
         Ok(Self { inner })
     }
 }

@@ -54,6 +54,9 @@ pub enum VectorError {
     /// Bytes that are not an index of this version.
     #[error("not a readable index: {0}")]
     Format(String),
+    /// The file system refused.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
     /// An error of the tree below.
     #[error(transparent)]
     Core(#[from] crate::Error),

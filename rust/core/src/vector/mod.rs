@@ -9,24 +9,28 @@
 //! * **order**: a bulk addition is sorted by balanced bisection first, so that the 1024 rows of a segment are near each
 //!   other (`order`); a sequence of attention keys has that locality by itself, a table of vectors has not;
 //! * **effort**: a search visits pages until the rows it has not seen are expected to hold next to nothing (`search`);
-//! * **files**: rows and ids, checksummed (`format`); loading packs the pages again.
+//! * **files**: pages, ids and summaries, checksummed (`container`, `save`, `content`, `load`); copied or mapped.
 //!
-//! Readers load one [`arc_swap::ArcSwap`] snapshot and never wait; writers hold one mutex per index.
+//! Readers load one [`arc_swap::ArcSwap`] snapshot and never wait; writers hold one mutex per index, prepare a new state on
+//! a forest that readers do not look at, and publish it with one swap.
 
 mod batch;
 mod best;
+mod container;
+mod content;
 mod error;
 mod filter;
-mod format;
 mod ids;
 mod index;
 mod input;
 mod load;
 mod metric;
 mod order;
+mod pages;
 mod progress;
 mod range;
 mod read;
+mod save;
 mod search;
 mod state;
 mod write;
@@ -36,6 +40,7 @@ pub use filter::Filter;
 pub use index::{OnConflict, VectorConfig, VectorIndex};
 pub use input::Numbers;
 pub use metric::Metric;
+pub use pages::{PageMatches, PageSearch, Pages};
 pub use progress::Report;
 pub use range::Ranges;
 pub use read::VectorStats;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use rayon::ThreadPool;
 
 use super::error::{Result, VectorError};
-use super::format::{self, Content};
 use super::index::VectorIndex;
 use super::metric::{Metric, check_rows};
 use super::search::{Effort, Neighbours, search_batch};
@@ -114,24 +113,6 @@ impl VectorIndex {
                 + size_of::<State>(),
             compactions: state.compactions,
         }
-    }
-
-    /// The index as a file. Waits for nobody.
-    #[must_use]
-    pub fn to_bytes(&self) -> Vec<u8> {
-        let state = self.state();
-        let rows = state.view.rows(0, state.n_rows());
-        let places = rows.iter().map(|(position, _)| state.entry(*position));
-        let cosine = self.config.metric == Metric::Cosine;
-        format::to_bytes(&Content {
-            config: self.config,
-            centred: state.centred,
-            next_id: state.next_id,
-            mean: state.mean.to_vec(),
-            ids: places.clone().map(|(block, at)| block.ids[at]).collect(),
-            norms: if cosine { places.map(|(block, at)| block.extra[at]).collect() } else { Vec::new() },
-            keys: rows.iter().flat_map(|(_, row)| row.key.iter().copied()).collect(),
-        })
     }
 
     /// Checks every invariant of the structure. Blocking: waits for a writer.
