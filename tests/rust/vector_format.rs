@@ -74,7 +74,7 @@ fn refusal(file: &[u8]) -> String {
     problem(VectorIndex::from_bytes(&pool(1), file))
 }
 
-fn of_tag<'a>(content: &'a mut Sections, tag: [u8; 4]) -> &'a mut Vec<u8> {
+fn of_tag(content: &mut Sections, tag: [u8; 4]) -> &mut Vec<u8> {
     &mut content.iter_mut().find(|(name, _)| *name == tag).unwrap().1
 }
 

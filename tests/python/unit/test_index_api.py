@@ -280,3 +280,99 @@ def test_an_id_replaced_over_and_over_is_found_at_once():
     assert index.get(7)[0] == 600.0
     assert len(index) == 5000
     assert index.search(np.full(8, 600.0), 1).ids[0] == 7
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+def test_a_range_search_finds_all_within_the_radius_and_nothing_else(metric, offset):
+    data, queries = vectors(6000) * 2 + offset, vectors(8, seed=1)
+    index = Index.build(data, metric=metric)
+    index.remove(np.arange(0, 6000, 7))
+    alive = np.flatnonzero(np.arange(6000) % 7 != 0)
+    truth = brute_force(queries, data[alive], len(alive), metric)
+    for rank in (0, 5, 300, len(alive) - 1):
+        radius = float(np.median(truth.distances[:, rank]))
+        lims, ids, distances = index.range_search(queries, radius)
+        assert lims.shape == (9,)
+        assert lims[0] == 0
+        assert (distances <= radius).all()
+        for i in range(8):
+            mine = slice(lims[i], lims[i + 1])
+            assert (np.diff(distances[mine]) >= 0).all()
+            slack = 1e-4 * (1 + abs(radius))
+            sure = set(alive[truth.ids[i][truth.distances[i] < radius - slack]].tolist())
+            perhaps = set(alive[truth.ids[i][truth.distances[i] <= radius + slack]].tolist())
+            assert sure <= set(ids[mine].tolist()) <= perhaps
+        few = index.range_search(queries, radius, max_results=4)
+        assert (np.diff(few.lims) == np.minimum(np.diff(lims), 4)).all()
+        narrow = index.range_search(queries, radius, beam=5, filter=np.arange(6000) < 3000)
+        assert (narrow.ids < 3000).all()
+        assert set(narrow.query(3).ids.tolist()) <= set(ids[lims[3] : lims[4]].tolist())
+
+
+def test_a_range_search_of_nothing_is_empty_and_bad_radii_are_refused():
+    index = Index.build(vectors(50), metric="l2")
+    assert index.range_search(vectors(3), -1.0).lims.tolist() == [0, 0, 0, 0]
+    assert index.range_search(np.empty((0, 24)), 1.0).lims.tolist() == [0]
+    assert Index(24).range_search(vectors(2), np.inf).ids.size == 0
+    assert index.range_search(vectors(1)[0], np.inf).lims.tolist() == [0, 50]
+    for bad in (np.nan, "x", None):
+        with pytest.raises((ValueError, TypeError), match="radius"):
+            index.range_search(vectors(1), bad)
+    with pytest.raises(ValueError, match="beam"):
+        index.range_search(vectors(1), 1.0, beam=0)
+
+
+def test_pages_hold_every_vector_once_and_summarise_it():
+    data = vectors(3000) + 3
+    index = Index.build(data)
+    index.remove(np.arange(100))
+    pages = index.pages()
+    assert pages.ids.shape[1] == index.page_tokens == 16
+    assert ((pages.ids >= 0).sum(1) == pages.counts).all()
+    assert sorted(pages.ids[pages.ids >= 0].tolist()) == list(range(100, 3000))
+    for page in (0, 50, len(pages.counts) - 1):
+        rows = data[pages.ids[page][pages.ids[page] >= 0]]
+        np.testing.assert_allclose(pages.means[page], rows.mean(0), atol=1e-4)
+        spread = np.sqrt(((rows - rows.mean(0)) ** 2).sum(1).mean())
+        assert pages.spreads[page] == pytest.approx(spread, rel=1e-3)
+    assert Index(8).pages().ids.shape == (0, 16)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_page_search_returns_the_pages_with_the_most_softmax_mass(group):
+    data, queries = vectors(5000, 32), vectors(8, 32, seed=1) * 2
+    index = Index.build(data).snapshot()
+    pages, scores, mass = index.search_pages(queries, 12, group=group, scorer="exact", scaling=0.5)
+    assert pages.shape == scores.shape == (8 // group, 12)
+    assert mass.shape == (8,)
+    ids = index.pages().ids
+    weights = np.exp(0.5 * queries @ data.T)
+    weights /= weights.sum(1, keepdims=True)
+    of_page = np.where(ids >= 0, weights[:, ids], 0).sum(2).reshape(8 // group, group, -1)
+    best = np.sort(of_page.mean(1), axis=1)[:, ::-1][:, :12]
+    np.testing.assert_allclose(scores, best, rtol=1e-3)
+    kept = np.take_along_axis(of_page, pages[:, None, :].astype(np.int64), axis=2).sum(2).reshape(-1)
+    np.testing.assert_allclose(mass, kept, rtol=1e-3)
+    quick = index.search_pages(queries, 12, group=group, scaling=0.5)
+    assert quick.mass.mean() > 0.9 * mass.mean()
+
+
+def test_page_search_pads_and_refuses():
+    index = Index.build(vectors(40))
+    one = index.search_pages(vectors(1)[0], 30)
+    assert one.pages.shape == (30,)
+    assert one.mass == pytest.approx(1.0)
+    assert (one.pages >= 0).sum() == (index.pages().counts > 0).sum()
+    assert Index(24).search_pages(vectors(2), 3).mass.tolist() == [0, 0]
+    for call, message in (
+        (lambda: Index(24, "l2").search_pages(vectors(2), 3), "metric"),
+        (lambda: index.search_pages(vectors(3), 3, group=2), "group"),
+        (lambda: index.search_pages(vectors(3), 3, group=0), "group"),
+        (lambda: index.search_pages(vectors(3), -1), "n_pages"),
+        (lambda: index.search_pages(vectors(3), 3, scaling=0.0), "scaling"),
+        (lambda: index.search_pages(vectors(3), 3, scorer="best"), "scorer"),
+        (lambda: index.search_pages(vectors(3) * np.nan, 3), "row 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
