@@ -338,7 +338,7 @@ class VectorIndex:
     dim : int
         1..=65536.
     metric : {"ip", "l2", "cosine"}
-    dtype : {"float32", "float16", "bfloat16"}
+    dtype : {"float32", "float16", "bfloat16", "int8"}
     center : bool, default=True
     seed : int, default=0
     """

@@ -25,7 +25,7 @@ fn bytes(dtype: Dtype, x: &[f32]) -> Vec<u8> {
         Dtype::F32 => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
         // Truncation is exact for the whole numbers the tests use.
         Dtype::Bf16 => x.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect(),
-        Dtype::F16 => unreachable!("not used here"),
+        Dtype::F16 | Dtype::I8 => unreachable!("not used here"),
     }
 }
 

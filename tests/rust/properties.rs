@@ -128,7 +128,7 @@ fn a_key_that_is_not_finite_is_named_and_changes_nothing() {
         let infinity = match dtype {
             Dtype::F32 => vec![0, 0, 0x80, 0x7F],
             Dtype::F16 => vec![0, 0x7C],
-            Dtype::Bf16 => vec![0x80, 0x7F],
+            Dtype::Bf16 | Dtype::I8 => vec![0x80, 0x7F],
         };
         for pattern in [infinity, vec![0xFF; dtype.size()]] {
             let mut bad = good.clone();

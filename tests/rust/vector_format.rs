@@ -146,7 +146,7 @@ fn hostile_fields_are_refused_by_name() {
         (put(*b"META", 24, &[0; 8]), "next id"),
         (put(*b"META", 24, &huge), "next id"),
         (put(*b"META", 40, &huge), "segments"),
-        (put(*b"META", 40, &0u64.to_le_bytes()), "segments"),
+        (put(*b"META", 40, &0u64.to_le_bytes()), "SEGS"),
         (put(*b"IDS_", 8 * 20, &(-1i64).to_le_bytes()), "id"),
         (put(*b"IDS_", 8 * 20, &(3 * 21 + 5i64).to_le_bytes()), "IDS_"),
         (put(*b"MEAN", 0, &f32::NAN.to_le_bytes()), "MEAN"),

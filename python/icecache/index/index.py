@@ -17,7 +17,7 @@ from icecache.index.convert import as_ids, as_rows, from_tensor
 from icecache.index.pool import shared_pool
 from icecache.index.reading import Reading
 
-Dtype = Literal["float32", "float16", "bfloat16"]
+Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 OnConflict = Literal["error", "replace", "skip"]
 Missing = Literal["ignore", "error"]
 #: Told (vectors done, vectors in all) now and then; `False` cancels the call.
@@ -33,8 +33,9 @@ class Index(Reading):
         Length of a vector.
     metric : {"ip", "l2", "cosine"}, default="ip"
         Distance, always smaller = closer: minus the inner product, squared L2, 1 - cosine.
-    dtype : {"float32", "float16", "bfloat16"}, default="float32"
-        How vectors are stored. Queries and sums stay in float32.
+    dtype : {"float32", "float16", "bfloat16", "int8"}, default="float32"
+        How vectors are stored, after the mean was taken out. Queries and sums stay in float32. ``int8`` keeps one scale
+        per vector: every element is off by at most 1/254 of the vector's largest element.
     center : bool, default=True
         Subtract the mean of the first 1024 or more vectors before storing. The ranking does not change (for ``ip``
         every score moves by the same constant), distances are reported for the vectors as given; pages get better

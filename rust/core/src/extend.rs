@@ -97,10 +97,14 @@ fn n_tokens(row: &ExtendRow<'_>) -> Result<usize> {
 fn check_finite(pool: &ThreadPool, rows: &[ExtendRow<'_>], counts: &[usize]) -> Result<()> {
     let find = |(r, row): (usize, &ExtendRow<'_>)| -> Result<()> {
         let layout = row.forest.store().layout();
-        if is_finite(layout.dtype, row.keys) {
+        if is_finite(layout.dtype, row.keys, layout.key_bytes()) {
             return Ok(());
         }
-        let bad = row.keys.chunks_exact(layout.key_bytes()).position(|key| !is_finite(layout.dtype, key)).unwrap_or(0);
+        let bad = row
+            .keys
+            .chunks_exact(layout.key_bytes())
+            .position(|key| !is_finite(layout.dtype, key, key.len()))
+            .unwrap_or(0);
         let (head, vector) = (bad / counts[r], bad % counts[r]);
         Err(Error::NotFinite { argument: "keys", row: r, head, vector })
     };

@@ -137,7 +137,7 @@ impl Forest {
         check_length("keys", self.n_heads() * layout.key_bytes(), keys.len())?;
         check_length("values", self.n_heads() * layout.value_bytes(), values.len())?;
         let rows: Vec<Row<'_>> = (0..self.n_heads()).map(|head| Row::of_slot(layout, keys, values, head)).collect();
-        if let Some(head) = rows.iter().position(|row| !is_finite(layout.dtype, row.key)) {
+        if let Some(head) = rows.iter().position(|row| !is_finite(layout.dtype, row.key, row.key.len())) {
             return Err(Error::NotFinite { argument: "keys", row: 0, head, vector: 0 });
         }
         loop {

@@ -13,6 +13,8 @@ pub enum Dtype {
     F16,
     /// The upper half of binary32.
     Bf16,
+    /// A signed byte in units of the row's own scale, a binary32 behind its elements. Keys only.
+    I8,
 }
 
 impl Dtype {
@@ -22,23 +24,31 @@ impl Dtype {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::Bf16 => 2,
+            Self::I8 => 1,
         }
     }
 
-    /// `float32`, `float16` or `bfloat16`.
+    /// Bytes of a row of `dim` elements.
+    #[must_use]
+    pub fn row_bytes(self, dim: usize) -> usize {
+        dim * self.size() + if self == Self::I8 { 4 } else { 0 }
+    }
+
+    /// `float32`, `float16`, `bfloat16` or `int8`.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "float32",
             Self::F16 => "float16",
             Self::Bf16 => "bfloat16",
+            Self::I8 => "int8",
         }
     }
 
-    /// The type called `name`.
+    /// The type of keys and values called `name`.
     ///
     /// # Errors
-    /// If the name is none of the three.
+    /// If the name is none of the first three.
     pub fn parse(name: &str) -> Result<Self> {
         match name {
             "float32" => Ok(Self::F32),
@@ -76,6 +86,9 @@ impl PageLayout {
         if key_dim == 0 || key_dim > MAX_DIM {
             return Err(Error::Option { name: "key_dim", expected: "1..=65536", received: key_dim.to_string() });
         }
+        if dtype == Dtype::I8 && value_dim > 0 {
+            return Err(Error::Option { name: "value_dim", expected: "0 for int8", received: value_dim.to_string() });
+        }
         if value_dim > MAX_DIM {
             return Err(Error::Option { name: "value_dim", expected: "0..=65536", received: value_dim.to_string() });
         }
@@ -85,7 +98,7 @@ impl PageLayout {
     /// Bytes of one key.
     #[must_use]
     pub fn key_bytes(&self) -> usize {
-        self.key_dim * self.dtype.size()
+        self.dtype.row_bytes(self.key_dim)
     }
 
     /// Bytes of one value.

@@ -32,7 +32,7 @@ pub(crate) fn rank_value(key: u64) -> f32 {
 
 /// Replaces dot products that overflowed in `f32` by ones computed in `f64` and clamped to `f32`.
 pub(crate) fn repair_dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
-    let row_bytes = input.dim * input.dtype.size();
+    let row_bytes = input.dtype.row_bytes(input.dim);
     for (r, row) in input.rows.chunks_exact(row_bytes).enumerate() {
         for (g, query) in input.queries.chunks_exact(input.dim).enumerate() {
             let dot = &mut out[g * stride + r];

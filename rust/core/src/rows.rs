@@ -51,11 +51,26 @@ pub(crate) fn decode_with(dtype: Dtype, bytes: &[u8], out: &mut [f32], f: impl F
                 f(x, bf16::from_le_bytes(*b).to_f32());
             }
         }
+        Dtype::I8 => {
+            // Each row brings four bytes more than it has elements.
+            let n_rows = bytes.len().saturating_sub(out.len()) / 4;
+            let dim = out.len().checked_div(n_rows).unwrap_or(0);
+            for (row, out) in bytes.chunks_exact(dim + 4).zip(out.chunks_exact_mut(dim.max(1))) {
+                let (levels, scale) = int8_row(row);
+                out.iter_mut().zip(levels).for_each(|(x, level)| f(x, f32::from(*level) * scale));
+            }
+        }
     }
 }
 
-/// Whether all elements are finite: no exponent is all ones.
-pub(crate) fn is_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+/// Levels and scale of an int8 row.
+pub(crate) fn int8_row(row: &[u8]) -> (&[i8], f32) {
+    let (levels, scale) = row.split_last_chunk::<4>().unwrap_or((&[], &[0; 4]));
+    (bytemuck::cast_slice(levels), f32::from_le_bytes(*scale))
+}
+
+/// Whether all elements of rows of `row_bytes` are finite: no exponent is all ones.
+pub(crate) fn is_finite(dtype: Dtype, bytes: &[u8], row_bytes: usize) -> bool {
     let finite16 =
         |mask: u16| bytes.as_chunks::<2>().0.iter().fold(true, |ok, b| ok & (u16::from_le_bytes(*b) & mask != mask));
     match dtype {
@@ -66,5 +81,6 @@ pub(crate) fn is_finite(dtype: Dtype, bytes: &[u8]) -> bool {
             .fold(true, |ok, b| ok & (u32::from_le_bytes(*b) & 0x7f80_0000 != 0x7f80_0000)),
         Dtype::F16 => finite16(0x7c00),
         Dtype::Bf16 => finite16(0x7f80),
+        Dtype::I8 => bytes.chunks_exact(row_bytes).all(|row| int8_row(row).1.is_finite()),
     }
 }

@@ -95,7 +95,9 @@ fn validate_tree(view: &View) -> Result<()> {
 fn validate_page(view: &View, ordinal: usize, page: &PageView<'_>) -> Result<()> {
     ensure((1..=PAGE_TOKENS).contains(&page.count()), || format!("page {ordinal} has {} tokens", page.count()))?;
     let layout = view.layout().ok_or_else(|| Error::Invariant("a page without a layout".to_owned()))?;
-    ensure(is_finite(layout.dtype, page.keys), || format!("page {ordinal} holds a key that is not finite"))?;
+    ensure(is_finite(layout.dtype, page.keys, layout.key_bytes()), || {
+        format!("page {ordinal} holds a key that is not finite")
+    })?;
     let positions: Vec<usize> = page.slots().map(|slot| page.position(slot)).collect();
     ensure(positions.is_sorted(), || format!("tokens of page {ordinal} are not in order: {positions:?}"))?;
     let start = (ordinal / SEGMENT_PAGES * SEGMENT_TOKENS).min(view.snapshot().tail_start());

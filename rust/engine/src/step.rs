@@ -219,5 +219,7 @@ fn to_f32(dtype: Dtype, bytes: &[u8], out: &mut Vec<f32>) {
         Dtype::F32 => out.extend(bytes.as_chunks::<4>().0.iter().map(|&x| f32::from_le_bytes(x))),
         Dtype::F16 => out.extend(pairs().map(|&x| f16::from_le_bytes(x).to_f32())),
         Dtype::Bf16 => out.extend(pairs().map(|&x| bf16::from_le_bytes(x).to_f32())),
+        // Queries never come in it: no engine is made for such pages.
+        Dtype::I8 => out.extend(bytes.iter().map(|&x| f32::from(x.cast_signed()))),
     }
 }

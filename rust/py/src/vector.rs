@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
+use icecache_core::PAGE_TOKENS;
 use icecache_core::vector::{
     self as core, Addition, Effort, Metric, Neighbours, OnConflict, PageSearch, VectorConfig, VectorError,
 };
-use icecache_core::{Dtype, PAGE_TOKENS};
 use numpy::{Element, PyArray1, PyArrayDyn, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -44,7 +44,7 @@ const QUERY_BLOCK: usize = 1024;
 /// dim : int
 ///     1..=65536.
 /// metric : {"ip", "l2", "cosine"}
-/// dtype : {"float32", "float16", "bfloat16"}
+/// dtype : {"float32", "float16", "bfloat16", "int8"}
 /// center : bool, default=True
 /// seed : int, default=0
 #[pyclass(frozen, module = "icecache._core")]
@@ -67,7 +67,7 @@ impl VectorIndex {
         let dim = count(dim, "dim")?;
         let seed = optional_count(seed, "seed")?.unwrap_or(0) as u64;
         let make = || {
-            let (metric, dtype) = (Metric::from_name(metric)?, Dtype::parse(dtype).map_err(VectorError::from)?);
+            let (metric, dtype) = (Metric::from_name(metric)?, VectorConfig::dtype_from_name(dtype)?);
             core::VectorIndex::new(VectorConfig { dim, metric, dtype, center, seed })
         };
         make().map(|inner| Self { inner }).map_err(|error| error.into_py(py))

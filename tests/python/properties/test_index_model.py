@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
 
 import numpy as np
 import pytest
@@ -93,9 +94,19 @@ class IndexMachine(RuleBasedStateMachine):
         for i in gone.tolist():
             del self.model[i]
 
-    @rule(way=st.sampled_from(["bytes", "pickle", "copy", "deepcopy"]))
+    @rule(way=st.sampled_from(["bytes", "pickle", "copy", "deepcopy", "file", "mmap", "snapshot"]))
     def go_on_with_a_copy(self, way):
+        def through_a_file(index: Index, mmap: bool) -> Index:
+            with tempfile.TemporaryDirectory() as folder:
+                index.save(f"{folder}/index.ice")
+                loaded = Index.load(f"{folder}/index.ice", mmap=mmap)  # a mapping outlives the file's name
+                loaded.validate()
+                return loaded.copy() if mmap else loaded
+
         make = {
+            "file": lambda index: through_a_file(index, False),
+            "mmap": lambda index: through_a_file(index, True),
+            "snapshot": lambda index: index.snapshot().copy(),
             "bytes": lambda index: Index.from_bytes(index.to_bytes()),
             "pickle": lambda index: pickle.loads(pickle.dumps(index)),
             "copy": copy.copy,
@@ -138,6 +149,53 @@ class IndexMachine(RuleBasedStateMachine):
             exact = self.index.search(query, k, exact=True)
             np.testing.assert_array_equal(exact.ids, found.ids)
 
+    @rule()
+    def compact(self):
+        self.index.compact()
+        assert self.index.stats()["removed"] == 0
+
+    @rule()
+    def take_a_snapshot(self):
+        self.snapshot, self.then = self.index.snapshot(), dict(self.model)
+
+    @rule(seed=SEED)
+    def an_old_snapshot_is_what_it_was(self, seed):
+        if not hasattr(self, "snapshot"):
+            return
+        self.snapshot.validate()
+        assert len(self.snapshot) == len(self.then)
+        assert self.snapshot.contains(sorted(self.then)).all()
+        gone = [i for i in self.model if i not in self.then][:20]
+        assert not self.snapshot.contains(gone).any()
+        query = np.random.default_rng(seed).standard_normal(self.dim, dtype=np.float32)
+        assert set(self.snapshot.search(query, 30, exact=True).ids.tolist()) - {-1} <= set(self.then)
+
+    @rule(seed=SEED, share=st.sampled_from([0.0, 0.02, 0.5, 1.0]), as_mask=st.booleans())
+    def a_filter_keeps_the_allowed_in_order(self, seed, share, as_mask):
+        rng = np.random.default_rng(seed)
+        allowed = rng.random(max([*self.model, 0]) + 1) < share
+        query = rng.standard_normal(self.dim, dtype=np.float32)
+        everything = self.index.search(query, len(self.model) + 1, exact=True).ids
+        wanted = [i for i in everything.tolist() if i >= 0 and allowed[i]]
+        chosen = allowed if as_mask else np.flatnonzero(allowed)
+        found = self.index.search(query, len(wanted) + 1, exact=True, filter=chosen)
+        assert found.ids.tolist() == [*wanted, -1]
+        default = self.index.search(query, 5, filter=chosen)
+        assert set(default.ids.tolist()) - {-1} <= set(wanted)
+        assert default.counts == min(5, len(wanted))
+
+    @rule(seed=SEED, rank=st.sampled_from([0, 3, 10**6]))
+    def a_range_search_is_the_head_of_the_exact_result(self, seed, rank):
+        query = np.random.default_rng(seed).standard_normal(self.dim, dtype=np.float32)
+        everything = self.index.search(query, len(self.model), exact=True)
+        if not self.model:
+            return
+        radius = float(everything.distances[min(rank, len(self.model) - 1)])
+        found = self.index.range_search(query, radius)
+        inside = everything.distances <= radius
+        np.testing.assert_array_equal(found.ids, everything.ids[inside])
+        np.testing.assert_array_equal(found.distances, everything.distances[inside])
+
     @invariant()
     def the_index_holds_the_model(self):
         if not hasattr(self, "index"):
@@ -148,7 +206,7 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.contains(ids).all()
         assert not self.index.contains([i for i in range(70) if i not in self.model]).any()
         if ids:
-            tolerance = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}[self.dtype]
+            tolerance = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2, "int8": 1e-2}[self.dtype]
             rows = np.stack([self.model[i] for i in ids])
             norms = np.linalg.norm(rows, axis=1, keepdims=True)
             # Rounding is relative to the largest stored number: the row, or its distance to the mean.
@@ -165,4 +223,5 @@ TestIndexIp = machine("IndexIp", 8, "ip", "float32")
 TestIndexL2 = machine("IndexL2", 19, "l2", "float32")
 TestIndexCosine = machine("IndexCosine", 5, "cosine", "float32")
 TestIndexIpF16 = machine("IndexIpF16", 16, "ip", "float16")
+TestIndexL2Int8 = machine("IndexL2Int8", 24, "l2", "int8")
 TestIndexL2Bf16 = machine("IndexL2Bf16", 32, "l2", "bfloat16")

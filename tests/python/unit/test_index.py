@@ -11,7 +11,7 @@ import pytest
 from icecache.index import Index, brute_force
 
 METRICS = ("ip", "l2", "cosine")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 def vectors(n: int, dim: int = 24, seed: int = 0) -> np.ndarray:
@@ -38,12 +38,12 @@ def test_exact_search_equals_brute_force(metric, n):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
 def test_a_narrow_dtype_is_exact_about_the_rows_it_stores(metric, dtype):
     data, queries = vectors(3000), vectors(5, seed=1)
     index = Index.build(data, metric=metric, dtype=dtype)
     stored = index.get(np.arange(3000))
-    assert np.abs(stored - data).max() < {"float16": 0.01, "bfloat16": 0.06}[dtype]
+    assert np.abs(stored - data).max() < {"float16": 0.01, "bfloat16": 0.06, "int8": 0.03}[dtype]
     same_neighbours(index.search(queries, 10, exact=True), brute_force(queries, stored, 10, metric), atol=3e-3)
 
 
@@ -270,7 +270,7 @@ def test_torch_tensors_are_accepted_and_another_device_is_refused():
         (lambda index: index.search(vectors(1), beam=0), ValueError, "beam"),
         (lambda _: Index(0), ValueError, "dim"),
         (lambda _: Index(8, "hamming"), ValueError, "hamming"),
-        (lambda _: Index(8, dtype="int8"), ValueError, "int8"),
+        (lambda _: Index(8, dtype="int4"), ValueError, "int4"),
         (lambda _: Index(8, threads=0), ValueError, "threads"),
         (lambda _: Index.build(np.zeros(4)), ValueError, "vectors"),
         (lambda _: brute_force(vectors(1), vectors(3), metric="x"), ValueError, "metric"),

@@ -16,7 +16,7 @@ from icecache.errors import IceCacheError, IndexFormatError
 from icecache.index import Index
 
 HEADER, ENTRY = 32, 32
-METRICS, DTYPES = ("ip", "l2", "cosine"), ("float32", "float16", "bfloat16")
+METRICS, DTYPES = ("ip", "l2", "cosine"), ("float32", "float16", "bfloat16", "int8")
 #: Files of released versions: one per metric and dtype, from `write_golden_files`.
 GOLDEN = Path(__file__).parents[2] / "golden"
 

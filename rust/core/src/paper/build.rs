@@ -65,8 +65,9 @@ impl Mdci {
         if n > limit {
             return Err(Error::OutOfRange { name: "number of tokens", limit, received: n });
         }
-        if !is_finite(layout.dtype, keys) {
-            let bad = keys.chunks_exact(key_bytes).position(|key| !is_finite(layout.dtype, key)).unwrap_or(0);
+        if !is_finite(layout.dtype, keys, key_bytes) {
+            let bad =
+                keys.chunks_exact(key_bytes).position(|key| !is_finite(layout.dtype, key, key_bytes)).unwrap_or(0);
             return Err(Error::NotFinite { argument: "keys", row: 0, head: 0, vector: bad });
         }
         Ok(NewRows { keys, values, key_bytes, value_bytes })

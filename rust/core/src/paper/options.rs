@@ -64,7 +64,7 @@ impl Anchors {
     pub fn for_dtype(dtype: Dtype) -> Self {
         match dtype {
             Dtype::F32 => Self { interval: 120, reach: 30, threshold: 0.9 },
-            Dtype::F16 | Dtype::Bf16 => Self { interval: 60, reach: 60, threshold: 1.02 },
+            Dtype::F16 | Dtype::Bf16 | Dtype::I8 => Self { interval: 60, reach: 60, threshold: 1.02 },
         }
     }
 }

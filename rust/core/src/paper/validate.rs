@@ -80,7 +80,9 @@ impl Mdci {
             let Some(row) = self.live_row(token) else {
                 return Err(Error::Invariant(format!("{token:?} has no row")));
             };
-            ensure(is_finite(self.store.layout().dtype, row.key), || format!("{token:?} is not finite"))?;
+            ensure(is_finite(self.store.layout().dtype, row.key, row.key.len()), || {
+                format!("{token:?} is not finite")
+            })?;
             let (mut product, norm) = ([0.0], square(&self.decoded(row)));
             ensure(norm.to_bits() == self.square_of(token).to_bits(), || format!("{token:?}: wrong norm"))?;
             ensure(norm <= self.max_square, || format!("{token:?} is longer than M"))?;

@@ -7,6 +7,7 @@ use super::scalar::reduce;
 use super::{Dots, LANES};
 use crate::rows::int8_row;
 
+#[expect(clippy::inline_always, reason = "the features that the caller has apply to inlined code only")]
 #[inline(always)]
 pub(super) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
     for (r, row) in input.rows.chunks_exact(input.dtype.row_bytes(input.dim)).enumerate() {
@@ -17,6 +18,7 @@ pub(super) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
     }
 }
 
+#[expect(clippy::inline_always, reason = "the features that the caller has apply to inlined code only")]
 #[inline(always)]
 fn dot(levels: &[i8], query: &[f32]) -> f32 {
     let mut lanes = [0.0_f32; LANES];

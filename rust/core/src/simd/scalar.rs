@@ -20,7 +20,13 @@ pub(super) fn element(dtype: Dtype, row: &[u8], i: usize) -> f32 {
         Dtype::F32 => f32::from_le_bytes([row[4 * i], row[4 * i + 1], row[4 * i + 2], row[4 * i + 3]]),
         Dtype::F16 => f16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32_const(),
         Dtype::Bf16 => bf16::from_le_bytes([row[2 * i], row[2 * i + 1]]).to_f32_const(),
+        Dtype::I8 => f32::from(row[i].cast_signed()),
     }
+}
+
+/// What the products with the elements of a row are multiplied by.
+fn scale(dtype: Dtype, row: &[u8]) -> f32 {
+    if dtype == Dtype::I8 { crate::rows::int8_row(row).1 } else { 1.0 }
 }
 
 /// `((0+4)+(2+6)) + ((1+5)+(3+7))`.
@@ -31,10 +37,10 @@ pub(super) fn reduce(lanes: [f32; LANES]) -> f32 {
 }
 
 fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
-    let row_bytes = input.dim * input.dtype.size();
+    let row_bytes = input.dtype.row_bytes(input.dim);
     for (r, row) in input.rows.chunks_exact(row_bytes).enumerate() {
         for (g, query) in input.queries.chunks_exact(input.dim).enumerate() {
-            out[g * stride + r] = dot(input.dtype, row, query);
+            out[g * stride + r] = dot(input.dtype, row, query) * scale(input.dtype, row);
         }
     }
 }

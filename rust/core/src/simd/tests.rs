@@ -21,25 +21,32 @@ fn noise(n: usize, seed: u32) -> Vec<f32> {
     (0..n).map(|_| (next() * 4.0) as f32).collect()
 }
 
-fn encode(dtype: Dtype, x: &[f32]) -> Vec<u8> {
+fn encode(dtype: Dtype, x: &[f32], dim: usize) -> Vec<u8> {
     match dtype {
         Dtype::F32 => x.iter().flat_map(|x| x.to_le_bytes()).collect(),
         Dtype::F16 => x.iter().flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
         Dtype::Bf16 => x.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+        Dtype::I8 => {
+            let row = |row: &[f32]| {
+                let (scale, levels) = crate::segment::quantise(row);
+                [bytemuck::cast_slice(&levels), &scale.to_le_bytes()].concat()
+            };
+            x.chunks_exact(dim).flat_map(row).collect()
+        }
     }
 }
 
-const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::F16, Dtype::Bf16];
+const DTYPES: [Dtype; 4] = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::I8];
 
 #[test]
 fn dot_products_stay_within_the_rounding_bound_of_f64() {
     for dtype in DTYPES {
         for dim in [1, 2, 3, 7, 8, 9, 15, 17, 64, 80, 96, 128, 131, 256] {
             let (keys, query) = (noise(5 * dim, dim as u32), noise(dim, 99));
-            let rows = encode(dtype, &keys);
+            let rows = encode(dtype, &keys, dim);
             let mut out = [0.0; 5];
             (scalar::KERNELS.dots)(Dots { dtype, rows: &rows, dim, queries: &query }, 5, &mut out);
-            for (row, got) in rows.chunks_exact(dim * dtype.size()).zip(out) {
+            for (row, got) in rows.chunks_exact(dtype.row_bytes(dim)).zip(out) {
                 let absolute: Vec<f32> = query.iter().map(|x| x.abs()).collect();
                 let mut key = vec![0.0; dim];
                 crate::rows::decode(dtype, row, &mut key);
@@ -75,7 +82,7 @@ fn dot_products_have_the_same_bits_on_every_instruction_set() {
                     keys.iter_mut().step_by(5).for_each(|x| *x *= 1e-7); // subnormal in f16
                     keys.iter_mut().step_by(7).for_each(|x| *x *= 1e-39); // subnormal or zero
                     let mut bytes = vec![0];
-                    bytes.extend(encode(dtype, &keys));
+                    bytes.extend(encode(dtype, &keys, dim));
                     let queries = noise(group * dim, 4);
                     // One byte off any alignment, and longer lines of output than rows.
                     let input = Dots { dtype, rows: &bytes[1..], dim, queries: &queries };
@@ -97,7 +104,7 @@ fn dot_products_that_overflow_or_vanish_have_the_same_bits_on_every_instruction_
         for dim in [3, 16, 61] {
             let scaled = |x: Vec<f32>| x.into_iter().map(|x| x * size).collect::<Vec<f32>>();
             let (keys, queries) = (scaled(noise(21 * dim, seed)), scaled(noise(5 * dim, seed + 9)));
-            let rows = encode(Dtype::F32, &keys);
+            let rows = encode(Dtype::F32, &keys, 1);
             let run = |kernels: &Kernels| {
                 let mut out = vec![0.0; 5 * 21];
                 (kernels.dots)(Dots { dtype: Dtype::F32, rows: &rows, dim, queries: &queries }, 21, &mut out);
@@ -112,7 +119,7 @@ fn dot_products_that_overflow_or_vanish_have_the_same_bits_on_every_instruction_
 fn a_dot_product_does_not_depend_on_how_many_rows_are_scored_together() {
     for kernels in all() {
         let (keys, queries) = (noise(13 * 40, 5), noise(6 * 40, 6));
-        let rows = encode(Dtype::F32, &keys);
+        let rows = encode(Dtype::F32, &keys, 1);
         let mut together = vec![0.0; 6 * 13];
         (kernels.dots)(Dots { dtype: Dtype::F32, rows: &rows, dim: 40, queries: &queries }, 13, &mut together);
         for (i, both) in together.iter().enumerate() {

@@ -10,6 +10,7 @@ use super::metric::Metric;
 use super::state::State;
 use crate::layout::Dtype;
 use crate::rows::is_finite;
+use crate::segment::quantise;
 
 /// Rows with their ids and what is kept beside them.
 #[derive(Default)]
@@ -96,7 +97,11 @@ impl Batch {
                 *value = (f64::from(*value) - f64::from(center)) as f32;
             }
         }
-        if !rows.chunks_exact(dim).all(|row| is_finite(config.dtype, &to_stored(config.dtype, row))) {
+        let fits = |row: &[f32]| {
+            let stored = to_stored(config, row);
+            is_finite(config.dtype, &stored, stored.len())
+        };
+        if !rows.chunks_exact(dim).all(fits) {
             return vec![0.0; dim];
         }
         self.rows = rows;
@@ -106,7 +111,8 @@ impl Batch {
     /// Refuse a row that becomes infinite in the stored type, by its number in the call.
     pub(super) fn check_storable(&self, config: VectorConfig, chosen: &[usize]) -> Result<()> {
         for (values, &row) in self.rows.chunks_exact(config.dim).zip(chosen) {
-            if !is_finite(config.dtype, &to_stored(config.dtype, values)) {
+            let stored = to_stored(config, values);
+            if !is_finite(config.dtype, &stored, stored.len()) {
                 let problem = "has a value too large for the dtype";
                 return Err(VectorError::Row { argument: "vectors", row, problem });
             }
@@ -116,10 +122,19 @@ impl Batch {
 }
 
 /// Rounds to the stored type, to nearest.
-pub(super) fn to_stored(dtype: Dtype, rows: &[f32]) -> Vec<u8> {
-    match dtype {
+pub(super) fn to_stored(config: VectorConfig, rows: &[f32]) -> Vec<u8> {
+    match config.dtype {
         Dtype::F32 => rows.iter().flat_map(|value| value.to_le_bytes()).collect(),
         Dtype::F16 => rows.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
         Dtype::Bf16 => rows.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+        Dtype::I8 => {
+            let mut stored = Vec::with_capacity(rows.len() + rows.len() / config.dim * 4);
+            for row in rows.chunks_exact(config.dim) {
+                let (scale, levels) = quantise(row);
+                stored.extend_from_slice(bytemuck::cast_slice(&levels));
+                stored.extend_from_slice(&scale.to_le_bytes());
+            }
+            stored
+        }
     }
 }

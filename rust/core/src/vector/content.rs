@@ -133,7 +133,8 @@ impl Content<'_> {
 fn config(meta: &[u8]) -> Result<VectorConfig> {
     let metrics = [Metric::InnerProduct, Metric::SquaredL2, Metric::Cosine];
     let metric = metrics.into_iter().find(|metric| *metric as u8 == meta[4]);
-    let dtype = [Dtype::F32, Dtype::F16, Dtype::Bf16].into_iter().find(|dtype| dtype_code(*dtype) == meta[5]);
+    let dtype =
+        [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::I8].into_iter().find(|dtype| dtype_code(*dtype) == meta[5]);
     let (Some(metric), Some(dtype), true) = (metric, dtype, meta[6] <= 1 && meta[7] <= 1) else {
         return Err(VectorError::format("section META names an unknown metric, dtype or flag"));
     };

@@ -34,6 +34,17 @@ pub struct VectorConfig {
 }
 
 impl VectorConfig {
+    /// The storage type of that name: `float32`, `float16`, `bfloat16` or `int8`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn dtype_from_name(name: &str) -> Result<Dtype> {
+        let known = [Dtype::F32, Dtype::F16, Dtype::Bf16, Dtype::I8];
+        let expected = "'float32', 'float16', 'bfloat16' or 'int8'";
+        let found = known.into_iter().find(|dtype| dtype.name() == name);
+        found.ok_or_else(|| VectorError::argument("dtype", expected, &format!("'{name}'")))
+    }
+
     /// # Errors
     /// If `dim` is out of range.
     pub(super) fn check(&self) -> Result<()> {

@@ -138,6 +138,7 @@ pub(super) fn dtype_code(dtype: Dtype) -> u8 {
         Dtype::F32 => 0,
         Dtype::F16 => 1,
         Dtype::Bf16 => 2,
+        Dtype::I8 => 3,
     }
 }
 

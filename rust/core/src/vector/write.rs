@@ -226,7 +226,7 @@ pub(super) fn append_ordered(
         let room = CHUNK_SEGMENTS * SEGMENT_TOKENS - forest.len() % SEGMENT_TOKENS;
         let size = room.min(order.len() - done);
         let piece = batch.pick(&order[done..done + size], config.dim);
-        let keys = to_stored(config.dtype, &piece.rows);
+        let keys = to_stored(config, &piece.rows);
         extend(pool, &[ExtendRow { forest, keys: &keys, values: &[] }])?;
         extend_blocks(config, &mut state.blocks, &piece, &keys);
         done += size;
@@ -239,7 +239,7 @@ pub(super) fn append_ordered(
 
 fn extend_blocks(config: VectorConfig, blocks: &mut Vec<Arc<Block>>, batch: &Batch, keys: &[u8]) {
     let mut row = vec![0.0; config.dim];
-    let stored = keys.chunks_exact(config.dim * config.dtype.size());
+    let stored = keys.chunks_exact(config.dtype.row_bytes(config.dim));
     for (at, (&id, key)) in batch.ids.iter().zip(stored).enumerate() {
         if blocks.last().is_none_or(|block| block.ids.len() == SEGMENT_TOKENS) {
             blocks.push(Arc::default());

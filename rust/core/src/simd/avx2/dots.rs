@@ -12,7 +12,7 @@ const TILE: usize = 8;
 const SLOT: [usize; TILE] = [0, 2, 4, 6, 1, 3, 5, 7];
 
 pub(super) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
-    let n = input.rows.len() / (input.dim * input.dtype.size());
+    let n = input.rows.len() / input.dtype.row_bytes(input.dim);
     let group = input.queries.len() / input.dim;
     assert!(group == 0 || n == 0 || out.len() >= (group - 1) * stride + n, "output too short");
     match input.dtype {
@@ -22,7 +22,18 @@ pub(super) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
         Dtype::F16 => unsafe { dots_typed::<F16>(input, n, stride, out) },
         // SAFETY: as above.
         Dtype::Bf16 => unsafe { dots_typed::<Bf16>(input, n, stride, out) },
+        // SAFETY: as above.
+        Dtype::I8 => unsafe { int8(input, stride, out) },
     }
+}
+
+/// Rows of signed bytes.
+///
+/// # Safety
+/// The machine has AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub(in crate::simd) unsafe fn int8(input: Dots<'_>, stride: usize, out: &mut [f32]) {
+    crate::simd::int8::dots(input, stride, out);
 }
 
 /// How to load eight elements of a type.

@@ -1,6 +1,6 @@
 //! AVX2 with FMA and F16C: the same results as `scalar.rs`, bit for bit. With AVX-VNNI the integer scan is shorter.
 
-mod dots;
+pub(super) mod dots;
 mod mass;
 mod scan;
 

@@ -13,7 +13,7 @@ const TILE: usize = 8;
 type Wide = [float32x4_t; 2];
 
 pub(super) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
-    let n = input.rows.len() / (input.dim * input.dtype.size());
+    let n = input.rows.len() / input.dtype.row_bytes(input.dim);
     let group = input.queries.len() / input.dim;
     assert!(group == 0 || n == 0 || out.len() >= (group - 1) * stride + n, "output too short");
     match input.dtype {
@@ -23,6 +23,7 @@ pub(super) fn dots(input: Dots<'_>, stride: usize, out: &mut [f32]) {
         Dtype::F16 => unsafe { dots_typed::<F16>(input, n, stride, out) },
         // SAFETY: as above.
         Dtype::Bf16 => unsafe { dots_typed::<Bf16>(input, n, stride, out) },
+        Dtype::I8 => crate::simd::int8::dots(input, stride, out),
     }
 }
 
