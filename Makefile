@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUST    := $(shell find rust -name '*.rs') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon clean
+.PHONY: fuzz demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon clean
 .DELETE_ON_ERROR:
 
 build: .venv/.built
@@ -44,6 +44,16 @@ lint: build
 	$(BIN)/ruff check -q python kernels tests benches
 	$(BIN)/mypy
 	$(PYTEST) $(BIN)/python -m pytest tests/python/structure
+
+# Random operations against a map, and damaged files: cargo-fuzz where it is installed (`cargo install cargo-fuzz` and a
+# nightly toolchain), else the same targets on random bytes. FUZZ_SECONDS per target.
+FUZZ_SECONDS ?= 60
+fuzz:
+	@if cargo +nightly fuzz --version >/dev/null 2>&1; then \
+		for target in operations loader; do mkdir -p fuzz/target/$$target && \
+			cargo +nightly fuzz run $$target fuzz/target/$$target fuzz/corpus/$$target -- \
+				-max_total_time=$(FUZZ_SECONDS) -max_len=400 -timeout=60 || exit 1; done; \
+	else FUZZ_SECONDS=$(FUZZ_SECONDS) cargo test -q -p icecache-core --test properties fuzz:: -- --nocapture; fi
 
 test-rust:
 	cargo test -q --workspace --exclude icecache-py

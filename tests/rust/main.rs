@@ -4,6 +4,8 @@
 mod basics;
 mod compact;
 mod concurrency;
+mod fuzz;
+mod fuzz_targets;
 mod in_place;
 mod inserts;
 mod model;
