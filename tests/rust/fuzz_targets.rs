@@ -74,7 +74,7 @@ pub(crate) fn operations(data: &[u8]) {
     let config = VectorConfig {
         metric: METRICS[bytes.byte() % 3],
         dtype: DTYPES[bytes.byte() % 4],
-        center: bytes.byte() % 2 == 0,
+        center: bytes.byte().is_multiple_of(2),
         dim: 1 + bytes.byte() % 12,
         seed: bytes.byte() as u64,
     };
@@ -94,13 +94,13 @@ impl Run {
             0 | 1 => self.add(bytes.pair(), bytes.pair() % 1300),
             2 => {
                 let ids: Vec<i64> = (0..bytes.byte() % 30).map(|_| bytes.byte() as i64).collect();
-                self.replace(bytes.pair(), &ids, bytes.byte() % 2 == 0);
+                self.replace(bytes.pair(), &ids, bytes.byte().is_multiple_of(2));
             }
             3 => {
                 let (stride, first) = (1 + bytes.byte() % 4, bytes.pair());
                 let ids: Vec<i64> = self.model.keys().copied().skip(first % 1000).step_by(stride).collect();
                 assert_eq!(self.index.remove(pool(), &ids, true).unwrap(), ids.len());
-                ids.iter().for_each(|id| drop(self.model.remove(id)));
+                self.model.retain(|id, _| ids.binary_search(id).is_err());
             }
             4 | 5 => self.search(bytes.pair(), bytes.byte() % 20),
             6 => self.search_some(bytes.pair(), bytes.byte()),
@@ -156,14 +156,14 @@ impl Run {
         let found = self.index.search(None, &query, k, Effort::EXACT).unwrap();
         let mut all: Vec<f64> = self.model.values().map(|row| distance(self.config.metric, &query, row)).collect();
         all.sort_by(f64::total_cmp);
-        for rank in 0..k {
-            if rank >= self.model.len() {
-                assert_eq!((found.ids[rank], found.distances[rank]), (-1, f32::INFINITY));
+        for (rank, (&id, &got)) in found.ids.iter().zip(&found.distances).enumerate() {
+            let Some(&expected) = all.get(rank) else {
+                assert_eq!((id, got), (-1, f32::INFINITY));
                 continue;
-            }
-            let got = f64::from(found.distances[rank]);
-            assert!((got - all[rank]).abs() <= self.tolerance(), "rank {rank}: {got} is not {}", all[rank]);
-            assert!(self.model.contains_key(&found.ids[rank]));
+            };
+            let error = (f64::from(got) - expected).abs();
+            assert!(error <= self.tolerance(), "rank {rank}: {got} is not {expected}");
+            assert!(self.model.contains_key(&id));
         }
         let pages = self.index.search(None, &query, k, Effort { beam: Some(usize::MAX), ..Effort::default() }).unwrap();
         assert_eq!((&pages.ids, &pages.distances), (&found.ids, &found.distances));
@@ -237,7 +237,7 @@ pub(crate) fn loader(data: &[u8]) {
     let mut bytes = Bytes(data);
     let mut file = files()[bytes.byte() % files().len()].clone();
     let sections = u32_at(&file, 12);
-    for _ in 0..1 + bytes.byte() % 6 {
+    for _ in 0..=bytes.byte() % 6 {
         let section = 32 + 32 * (bytes.byte() % sections);
         let (start, length) = (u64_at(&file, section + 8), u64_at(&file, section + 16));
         let (at, value) = (bytes.pair(), bytes.byte() as u8);
@@ -250,7 +250,7 @@ pub(crate) fn loader(data: &[u8]) {
             _ => file[start + at % length] = value,
         }
     }
-    if bytes.byte() % 16 == 0 {
+    if bytes.byte().is_multiple_of(16) {
         file.truncate(bytes.pair() % (file.len() + 1));
     }
     sign(&mut file);

@@ -93,7 +93,9 @@ fn insert_from_threads(forest: &Forest, threads: usize, n: usize) {
                 })
             })
             .collect();
-        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        for writer in writers {
+            writer.join().unwrap();
+        }
         stop.store(true, Ordering::Release);
         assert!(reader.join().unwrap() > 0, "the reader never ran");
     });
@@ -200,7 +202,9 @@ fn forks_crops_and_removals_race_with_inserts_and_nothing_is_lost() {
             // The first tokens are never in the way of the check below.
             (0..32).map(|token| forest.remove(&[token]).unwrap()).sum::<usize>()
         });
-        writers.into_iter().for_each(|writer| writer.join().unwrap());
+        for writer in writers {
+            writer.join().unwrap();
+        }
         assert_eq!(remover.join().unwrap(), 32, "every removal counted once");
         stop.store(true, Ordering::Release);
         assert!(forker.join().unwrap() > 0, "no fork was made");
