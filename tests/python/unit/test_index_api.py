@@ -376,3 +376,33 @@ def test_page_search_pads_and_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("call", ["add", "search"])
+def test_ctrl_c_ends_a_long_call_and_changes_nothing(call):
+    """The signal comes while the core works: one call of either kind takes far longer than the wait for it."""
+    import subprocess
+    import sys
+
+    code = f"""
+import os, signal, threading, time
+import numpy as np
+from icecache.index import Index
+rows = np.random.default_rng(0).standard_normal((400_000, 32), dtype=np.float32)
+index = Index.build(rows[:20_000], threads=1)
+calls = dict(
+    add=lambda: index.add(rows, threads=1),
+    search=lambda: index.search(rows, 10, exact=True, threads=1),
+)
+threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+start = time.monotonic()
+try:
+    calls[{call!r}]()
+except KeyboardInterrupt:
+    index.validate()
+    assert len(index) == 20_000
+    index.add(rows[:10])
+    print("interrupted")
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
+    assert done.stdout == "interrupted\n"
