@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUST    := $(shell find rust -name '*.rs') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: fuzz demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon clean
+.PHONY: fuzz demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon clean loom endurance
 .DELETE_ON_ERROR:
 
 build: .venv/.built
@@ -57,16 +57,16 @@ fuzz:
 
 test-rust:
 	cargo test -q --workspace --exclude icecache-py
+	cargo test -q -p icecache-core --features stress --test stress
 
-# The kernels for 64-bit Arm, run by qemu: needs gcc-aarch64-linux-gnu, qemu-user and
-# `rustup target add aarch64-unknown-linux-gnu`. TESTS= runs all tests of the core.
-ARM   := aarch64-unknown-linux-gnu
-TESTS ?= simd
-check-neon:
-	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
-	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
-		cargo test -q -p icecache-core --lib --target $(ARM) $(TESTS)
-	cargo clippy -q -p icecache-core --lib --tests --target $(ARM) -- -D warnings
+# The concurrent protocol under the model checker (minutes), with each ordering weakened in turn.
+loom:
+	RUSTFLAGS="--cfg loom" cargo test -q --release -p icecache-core --lib --target-dir target/loom loom_models -- --test-threads=$(WORKERS)
+
+# Ten million random operations from four threads (minutes).
+endurance:
+	cargo test -q --release -p icecache-core --features stress --test stress -- --ignored
+	cargo test -q --release -p icecache-core --test properties -- --ignored ten_million
 
 test-python: build
 	$(PYTEST) $(BIN)/python -m pytest -n $(WORKERS) --ignore tests/python/structure

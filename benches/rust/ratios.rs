@@ -5,12 +5,15 @@
 
 #![expect(clippy::unwrap_used, reason = "a benchmark stops at the first error")]
 
+#[path = "clock.rs"]
+mod clock;
 #[path = "keys.rs"]
 mod keys;
 
 use std::hint::black_box;
 use std::time::Instant;
 
+use clock::cpu_ns;
 use icecache_core::bench::{Stages, exact_lse};
 use icecache_core::{
     Dtype, ExtendRow, Forest, PageLayout, PageStore, SearchOptions, StoreOptions, extend, instruction_set, search,
@@ -21,15 +24,6 @@ const GROUP: usize = 4;
 const QUERIES: usize = 24;
 const SAMPLES: usize = 8;
 const SAMPLE_SECONDS: f64 = 0.08;
-
-/// Nanoseconds this process has spent on a core, all threads together: a shared machine disturbs these less than wall time.
-/// Wall time where the system does not tell.
-fn cpu_ns(start: Instant) -> f64 {
-    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let spent = threads.filter_map(|t| std::fs::read_to_string(t.path().join("schedstat")).ok());
-    let total: f64 = spent.filter_map(|line| line.split(' ').next()?.parse::<f64>().ok()).sum();
-    if total > 0.0 { total } else { start.elapsed().as_nanos() as f64 }
-}
 
 /// Fewest CPU microseconds per query of `f(query)`, over samples long enough for the clock (it ticks every 4 ms).
 fn time(mut f: impl FnMut(usize)) -> f64 {

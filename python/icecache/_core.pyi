@@ -221,7 +221,7 @@ class PageStore:
 class Forest:
     """The keys and values of one sequence of one layer: a tree of pages per KV head, all of the same length.
 
-    Reads and searches never wait for a writer; writers of one forest wait for each other.
+    Any number of threads may read, search and write at the same time; nobody waits for anybody.
 
     Parameters
     ----------
@@ -237,6 +237,18 @@ class Forest:
     def __len__(self) -> int: ...
     def n_pages(self) -> list[int]:
         """Pages of each head."""
+    def insert(self, keys: _Bytes, values: _Bytes) -> int:
+        """Add one token: uint8 (H, bytes) keys and values. Return its position; every later search finds it.
+
+        Raises
+        ------
+        ValueError
+            NaN or infinity in a key, or a wrong shape; nothing changes then.
+        MemoryError
+            The store is full; nothing changes then.
+        """
+    def settle(self) -> None:
+        """Route all inserted tokens into the trees; searches see no difference, `digest` does."""
     def fork(self) -> Forest:
         """Make a forest with the same tokens that shares all pages; neither sees what the other adds later."""
     def crop(self, n_tokens: int) -> None:

@@ -4,6 +4,7 @@
 mod basics;
 mod compact;
 mod concurrency;
+mod endurance;
 mod fuzz;
 mod fuzz_targets;
 mod in_place;

@@ -17,7 +17,7 @@ use crate::retire::Retired;
 use crate::simd::instruction_set;
 use crate::slabs::{HeapSlabs, SlabAllocator};
 use crate::slot::Once;
-use crate::sync::{Arc, AtomicU32, AtomicUsize, Ordering, Site, Tracks, acquire, release};
+use crate::sync::{Arc, AtomicU32, AtomicUsize, Ordering, Site, Tracks, acquire, note_free, release};
 
 /// Bytes of a slab unless the options say otherwise.
 const SLAB_BYTES: usize = 32 << 20;
@@ -224,7 +224,7 @@ impl PageStore {
     pub(crate) fn lease(self: &Arc<Self>, n: usize) -> Result<Lease> {
         let fits = |used: usize| used.checked_add(n).filter(|&sum| sum <= self.limit_pages);
         // Acquire: pairs with the Release in `give_back`; the bits of all pages that were subtracted are set.
-        let promised = self.used_pages.fetch_update(Ordering::Relaxed, acquire(Site::Free), fits);
+        let promised = self.used_pages.fetch_update(acquire(Site::Free), Ordering::Relaxed, fits);
         if let Err(used) = promised {
             let bytes = |pages: usize| pages.saturating_mul(self.page_bytes);
             return Err(Error::MemoryLimit { needed: bytes(n), available: bytes(self.limit_pages - used) });
@@ -292,6 +292,7 @@ impl PageStore {
         if pages.is_empty() {
             return;
         }
+        note_free();
         // At once, whoever may still read the memory: the name is stale from here on.
         for page in pages {
             let (number, offset) = self.place(page.id);

@@ -17,9 +17,9 @@ use crate::state::full_mask;
 use crate::sync::{Arc, AtomicBool, AtomicU8, Site, acquire, release};
 
 /// Tokens of an open block.
-pub(crate) const BLOCK_TOKENS: usize = if cfg!(any(loom, icecache_stress)) { 2 } else { PAGE_TOKENS };
+pub(crate) const BLOCK_TOKENS: usize = if cfg!(any(loom, feature = "stress")) { 2 } else { PAGE_TOKENS };
 /// Threads that can write into one block at the same time; one more starts the next block.
-pub(crate) const LANES: usize = if cfg!(any(loom, icecache_stress)) { 2 } else { 8 };
+pub(crate) const LANES: usize = if cfg!(any(loom, feature = "stress")) { 2 } else { 8 };
 
 /// Entry of the log that nobody has taken yet.
 const EMPTY: u8 = 0;

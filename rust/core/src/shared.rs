@@ -18,7 +18,7 @@ use crate::state::{PendingEntry, State, Trees};
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 
 /// Blocks that may wait before a thread routes one although another thread is at it.
-const HELP_BLOCKS: usize = if cfg!(any(loom, icecache_stress)) { 3 } else { 8 };
+const HELP_BLOCKS: usize = if cfg!(any(loom, feature = "stress")) { 3 } else { 8 };
 
 /// What all handles of a forest share.
 #[derive(Debug)]

@@ -20,6 +20,13 @@ pub struct View {
     tokens: usize,
 }
 
+#[cfg(loom)]
+impl Drop for View {
+    fn drop(&mut self) {
+        crate::sync::note_drop();
+    }
+}
+
 /// One page of a view.
 #[derive(Debug, Clone, Copy)]
 pub struct PageView<'a> {

@@ -133,6 +133,8 @@ mod tracks {
     #[derive(Debug)]
     pub(crate) struct Tracks;
 
+    pub(crate) const fn note_free() {}
+
     impl Tracks {
         pub(crate) const fn new(_slots: usize) -> Self {
             Self
@@ -166,6 +168,22 @@ mod tracks {
             self.0[first..first + count].iter().for_each(|cell| cell.with(|_| ()));
         }
     }
+
+    loom::lazy_static! {
+        static ref DROPPED: loom::sync::atomic::AtomicUsize = loom::sync::atomic::AtomicUsize::new(0);
+    }
+
+    /// A reader lets go of what it read: what `Arc` does when a reference is dropped, which loom does not see.
+    pub(crate) fn note_drop() {
+        DROPPED.fetch_add(1, loom::sync::atomic::Ordering::Release);
+    }
+
+    /// Nobody refers to some pages any more: what `Arc` does before it drops its value.
+    pub(crate) fn note_free() {
+        DROPPED.fetch_add(0, loom::sync::atomic::Ordering::Acquire);
+    }
 }
 
-pub(crate) use tracks::Tracks;
+#[cfg(loom)]
+pub(crate) use tracks::note_drop;
+pub(crate) use tracks::{Tracks, note_free};

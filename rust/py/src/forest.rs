@@ -99,7 +99,7 @@ impl PageStore {
 
 /// The keys and values of one sequence of one layer: a tree of pages per KV head, all of the same length.
 ///
-/// Reads and searches never wait for a writer; writers of one forest wait for each other.
+/// Any number of threads may read, search and write at the same time; nobody waits for anybody.
 ///
 /// Parameters
 /// ----------
@@ -142,6 +142,21 @@ impl Forest {
     /// Pages of each head.
     fn n_pages(&self) -> Vec<usize> {
         self.inner.n_pages()
+    }
+
+    /// Add one token: `keys` uint8 (H, bytes) and `values` uint8 (H, bytes), a key and a value of every head. Returns its
+    /// position. Every search that starts after this call finds it, in all threads.
+    fn insert(&self, py: Python<'_>, keys: &Bound<'_, PyAny>, values: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let (layout, heads) = (self.inner.store().layout(), Some(self.inner.n_heads()));
+        let keys = readonly::<u8>(keys, "keys", &[heads, Some(layout.key_bytes())])?;
+        let values = readonly::<u8>(values, "values", &[heads, Some(layout.value_bytes())])?;
+        let (keys, values) = (slice(&keys, "keys")?, slice(&values, "values")?);
+        run(py, || self.inner.insert(keys, values))
+    }
+
+    /// Route all inserted tokens into the trees; searches see no difference, `digest` does.
+    fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        run(py, || self.inner.settle())
     }
 
     /// A forest with the same tokens that shares all pages; neither sees tokens that the other adds later.
