@@ -103,7 +103,7 @@ fn latencies(forest: &Forest, queries: &[f32], seconds: f64) -> Vec<f64> {
     for group in queries.chunks_exact(GROUP * DIM).cycle() {
         let start = Instant::now();
         let view = forest.heads()[0].view();
-        search_view(&view, group, &options, 16, &mut table).unwrap();
+        search_view(&view, group, &options, 16, None, &mut table).unwrap();
         black_box(&table);
         all.push(start.elapsed().as_secs_f64() * 1e6);
         if begin.elapsed().as_secs_f64() > seconds {

@@ -92,7 +92,7 @@ fn a_search_in_place_allocates_nothing() {
         let mut find = |queries: &[f32]| {
             for (head, queries) in queries.chunks_exact(GROUP * DIM).enumerate() {
                 let view = forest.heads()[head].view();
-                search_view(&view, queries, &options, 16, &mut table).unwrap();
+                search_view(&view, queries, &options, 16, None, &mut table).unwrap();
                 assert_eq!(table.addresses.len(), 16);
             }
         };

@@ -67,7 +67,7 @@ pub use forest::{Counters, Forest};
 pub use head::HeadIndex;
 pub use ids::{PageId, PageRef};
 pub use layout::{Dtype, PageLayout};
-pub use search::search;
+pub use search::{Share, search};
 pub use selection::{Selection, all_pages, select_pages};
 pub use serve::{PageTable, search_view};
 pub use simd::instruction_set;

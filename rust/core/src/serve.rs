@@ -5,7 +5,7 @@
 use crate::config::{PAGE_TOKENS, SearchOptions};
 use crate::error::{Error, Result};
 use crate::forest::check_length;
-use crate::search::{HeadOut, Scratch, search_head};
+use crate::search::{HeadOut, Scratch, Share, search_head};
 use crate::snapshot::{PageView, View};
 
 /// Pages for one KV head, as a device that reads them in place needs them; buffers are reused from call to call.
@@ -40,7 +40,8 @@ impl PageTable {
 /// A tree whose tokens fit `k` full pages gives all its pages: those of the tail are not full, so they may be more than
 /// `k`, and leaving some out would break the promise that a covering budget reads everything.
 ///
-/// Wait-free. The same pages as [`crate::search`] on the same snapshot.
+/// `share` lends threads that share the work. Wait-free but for them. The same pages as [`crate::search`] on the same
+/// snapshot.
 ///
 /// # Errors
 /// If an option is out of range, a length does not fit, a query is not finite, or the pages of a small tree are more
@@ -50,6 +51,7 @@ pub fn search_view(
     queries: &[f32],
     options: &SearchOptions,
     capacity: usize,
+    share: Option<&dyn Share>,
     table: &mut PageTable,
 ) -> Result<()> {
     table.clear();
@@ -78,7 +80,7 @@ pub fn search_view(
     table.scores.resize(options.k, 0.0);
     table.lse.resize(2 * group, 0.0);
     let out = HeadOut { ordinals: &mut ordinals, scores: &mut table.scores, lse: &mut table.lse, visited: &mut 0 };
-    Scratch::with(|scratch| search_head(view, queries, options, scratch, out));
+    Scratch::with(|scratch| search_head(view, queries, options, scratch, share, out));
     let pages = ordinals.iter().map_while(|&ordinal| view.page(ordinal as usize));
     pages.for_each(|page| table.push(&page));
     table.ordinals = ordinals;

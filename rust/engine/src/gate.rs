@@ -7,7 +7,7 @@
 use std::time::{Duration, Instant};
 
 use crate::step::Step;
-use crate::sync::{Arc, AtomicU32, Condvar, Mutex, MutexGuard, Ordering, PoisonError, lock};
+use crate::sync::{Arc, Condvar, Mutex, MutexGuard, Ordering, PoisonError, Word, lock};
 use crate::worker::Backoff;
 
 #[derive(Debug, Default)]
@@ -23,7 +23,7 @@ struct State {
 pub(crate) struct Gate {
     state: Mutex<State>,
     /// Number of the newest step; a hint to look, what counts is read under the lock.
-    epoch: AtomicU32,
+    epoch: Word,
     opened: Condvar,
     left: Condvar,
 }

@@ -6,6 +6,8 @@
 //! the background and become visible at the step that asks for them. Knows no Python and no torch; `README.md` beside
 //! this crate has the protocol and why its orderings suffice.
 
+mod board;
+mod claims;
 mod cores;
 mod cuda;
 mod engine;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use icecache_core::{Forest, HeadIndex, PageTable, SearchOptions, View};
+use icecache_core::{Forest, PageTable, SearchOptions, View};
 
 use crate::engine::Shared;
 use crate::error::{Error, Result};
@@ -10,7 +10,7 @@ use crate::inserts::{Insert, Inserts};
 use crate::memory::{Block, HostMemory};
 use crate::shape::{Array, Arrays, MailboxShape};
 use crate::step::{Fault, LayerPlan, LayerTime, Step};
-use crate::sync::{Arc, AtomicU32, Mutex, MutexGuard, Ordering, lock};
+use crate::sync::{Arc, Mutex, MutexGuard, Ordering, Word, lock, order};
 
 /// The shared memory. Tickets are atomics; everything else is touched by one side at a time, as the tickets say.
 #[derive(Debug)]
@@ -32,18 +32,18 @@ impl Memory {
     }
 
     /// The `index`-th u32 of a layer of an array.
-    fn word(&self, array: Array, layer: usize, index: usize) -> &AtomicU32 {
+    fn word(&self, array: Array, layer: usize, index: usize) -> &Word {
         assert!(layer < self.shape.layers && 4 * index < array.stride, "word within its layer");
         // SAFETY: by the assertion and the layout it lies in the block.
         let word = unsafe { self.block.start().add(array.at(layer) + 4 * index) };
         // SAFETY: aligned to 4, zero at first, alive as long as `self`, and only ever used as an atomic word.
-        unsafe { AtomicU32::from_ptr(word.cast().as_ptr()) }
+        unsafe { Word::from_ptr(word.cast().as_ptr()) }
     }
 
     /// Ticket of the newest request of a layer.
     pub(crate) fn requested(&self, layer: usize) -> u32 {
         // Acquire: pairs with the device's system-scope release of the word, after it wrote the queries.
-        self.word(self.arrays.request, layer, 0).load(Ordering::Acquire)
+        self.word(self.arrays.request, layer, 0).load(order::request_seen())
     }
 
     /// Ticket of the step in which the device gave up waiting for a layer.
@@ -59,12 +59,12 @@ impl Memory {
 
     pub(crate) fn publish_unit(&self, layer: usize, unit: usize, ticket: u32) {
         // Release: pairs with the device's acquire; it then sees the unit's table.
-        self.word(self.arrays.unit_answered, layer, unit).store(ticket, Ordering::Release);
+        self.word(self.arrays.unit_answered, layer, unit).store(ticket, order::answer());
     }
 
     pub(crate) fn publish_layer(&self, layer: usize, ticket: u32) {
         // Release: pairs with the device's acquire; it then sees the tables of all units of the layer.
-        self.word(self.arrays.answered, layer, 0).store(ticket, Ordering::Release);
+        self.word(self.arrays.answered, layer, 0).store(ticket, order::answer());
     }
 
     /// Runs `read` on the bytes of a unit's queries.
@@ -307,7 +307,7 @@ impl Drop for Mailbox {
 fn plan(state: &State) -> Result<Vec<LayerPlan>> {
     let layer = |(layer, bound): (usize, &Option<Bound>)| {
         let bound = bound.as_ref().ok_or(Error::State("begin needs sequences bound to every layer"))?;
-        let views: Vec<View> = bound.forests.iter().flat_map(|forest| forest.heads()).map(HeadIndex::view).collect();
+        let views: Vec<View> = bound.forests.iter().flat_map(|forest| forest.views()).collect();
         let fault = state.fault.filter(|fault| fault.0 == layer).map(|(_, unit, fault)| (unit, fault));
         Ok(LayerPlan { views, options: bound.options.clone(), fault })
     };

@@ -9,11 +9,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use half::{bf16, f16};
-use icecache_core::{Dtype, PageTable, SearchOptions, View, search_view};
+use icecache_core::{Dtype, PageTable, SearchOptions, Share, View, search_view};
 
+use crate::board::Sharer;
+use crate::claims::Claims;
 use crate::error::{Error, Result};
 use crate::mailbox::Memory;
-use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Mutex, Ordering, lock};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Mutex, Ordering, lock};
 use crate::worker::Backoff;
 
 /// What the trees of one layer are searched for.
@@ -51,8 +53,7 @@ pub struct LayerTime {
 #[derive(Debug, Default)]
 #[repr(align(128))]
 struct LayerState {
-    claimed: AtomicU32,
-    done: AtomicU32,
+    claims: Claims,
     seen_ns: AtomicU64,
     answered_ns: AtomicU64,
     longest_unit_ns: AtomicU64,
@@ -96,40 +97,37 @@ impl Step {
         self.over.load(Ordering::Acquire)
     }
 
-    /// Answers layer after layer until the last one, or until the step is over.
-    pub(crate) fn serve(&self, buffers: &mut Buffers, polite: bool) {
+    /// Answers layer after layer until the last one, or until the step is over; helps others in between.
+    pub(crate) fn serve(&self, buffers: &mut Buffers, sharer: Sharer<'_>, polite: bool) {
         for layer in 0..self.layers.len() {
             let mut backoff = Backoff::new(polite);
             while self.memory.requested(layer) != self.ticket {
                 if self.is_over() {
                     return;
                 }
+                if sharer.board.help(sharer.worker) {
+                    backoff = Backoff::new(polite);
+                }
                 backoff.pause();
             }
-            self.serve_layer(layer, buffers);
+            self.serve_layer(layer, buffers, sharer);
         }
     }
 
-    fn serve_layer(&self, layer: usize, buffers: &mut Buffers) {
+    fn serve_layer(&self, layer: usize, buffers: &mut Buffers, sharer: Sharer<'_>) {
         let state = &self.layers[layer];
-        let units = self.plan[layer].views.len() as u32;
-        loop {
-            // Relaxed: makes claims unique; the queries were acquired with the request's ticket.
-            let unit = state.claimed.fetch_add(1, Ordering::Relaxed);
-            if unit >= units {
-                return;
-            }
+        let units = self.plan[layer].views.len();
+        while let Some(unit) = state.claims.claim(units) {
             let started = self.elapsed_ns();
             if unit == 0 {
                 // Relaxed: a figure, read when the workers have left (the gate's lock orders that).
                 state.seen_ns.store(started, Ordering::Relaxed);
             }
-            self.answer_guarded(layer, unit as usize, buffers);
+            self.answer_guarded(layer, unit, buffers, sharer);
             // Relaxed: as above.
             state.longest_unit_ns.fetch_max(self.elapsed_ns() - started, Ordering::Relaxed);
-            self.memory.publish_unit(layer, unit as usize, self.ticket);
-            // AcqRel: a chain of read-modify-writes; the last one sees the tables that all others wrote before theirs.
-            if state.done.fetch_add(1, Ordering::AcqRel) + 1 == units {
+            self.memory.publish_unit(layer, unit, self.ticket);
+            if state.claims.finish(units) {
                 // Relaxed: as above.
                 state.answered_ns.store(self.elapsed_ns(), Ordering::Relaxed);
                 self.memory.publish_layer(layer, self.ticket);
@@ -138,8 +136,8 @@ impl Step {
     }
 
     /// Answers one unit. When that fails, the unit keeps its earlier pages and the step fails.
-    fn answer_guarded(&self, layer: usize, unit: usize, buffers: &mut Buffers) {
-        let result = catch_unwind(AssertUnwindSafe(|| self.answer(layer, unit, buffers)));
+    fn answer_guarded(&self, layer: usize, unit: usize, buffers: &mut Buffers, sharer: Sharer<'_>) {
+        let result = catch_unwind(AssertUnwindSafe(|| self.answer(layer, unit, buffers, sharer)));
         let heads = self.memory.shape().heads;
         let (row, head) = (unit / heads, unit % heads);
         let error = match result {
@@ -155,7 +153,13 @@ impl Step {
         lock(&self.failure).get_or_insert(error);
     }
 
-    fn answer(&self, layer: usize, unit: usize, buffers: &mut Buffers) -> icecache_core::Result<()> {
+    fn answer(
+        &self,
+        layer: usize,
+        unit: usize,
+        buffers: &mut Buffers,
+        sharer: Sharer<'_>,
+    ) -> icecache_core::Result<()> {
         let plan = &self.plan[layer];
         match plan.fault.filter(|(place, _)| *place == unit) {
             None => {}
@@ -164,7 +168,9 @@ impl Step {
         }
         let shape = self.memory.shape();
         self.memory.with_queries(layer, unit, |bytes| to_f32(shape.dtype, bytes, &mut buffers.queries));
-        search_view(&plan.views[unit], &buffers.queries, &plan.options, shape.capacity, &mut buffers.table)?;
+        let share: Option<&dyn Share> = if sharer.is_alone() { None } else { Some(&sharer) };
+        let Buffers { queries, table } = buffers;
+        search_view(&plan.views[unit], queries, &plan.options, shape.capacity, share, table)?;
         self.memory.write_answer(layer, unit, &buffers.table);
         Ok(())
     }
@@ -192,9 +198,8 @@ impl Step {
         if let Some(layer) = (0..self.layers.len()).find(|&layer| self.memory.timed_out(layer) == self.ticket) {
             return Err(Error::Overrun { layer });
         }
-        // Relaxed: the workers left through the gate's lock.
         let complete = |layer: usize| {
-            self.layers[layer].done.load(Ordering::Relaxed) as usize == self.plan[layer].views.len()
+            self.layers[layer].claims.finished() == self.plan[layer].views.len()
                 && self.memory.requested(layer) == self.ticket
         };
         let layers = self.layers.len();

@@ -3,6 +3,7 @@
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::board::{Board, Sharer};
 use crate::cores::pin_current_thread;
 use crate::error::{Error, Result};
 use crate::gate::Gate;
@@ -52,13 +53,14 @@ pub(crate) struct Manner {
 
 /// Starts one worker per entry of `cores`; `None` is not bound to a core.
 pub(crate) fn start(gate: &Arc<Gate>, cores: &[Option<usize>], manner: Manner) -> Result<Vec<JoinHandle<()>>> {
+    let board = Arc::new(Board::new(cores.len()));
     let spawn = |(i, core): (usize, &Option<usize>)| {
-        let (gate, core) = (Arc::clone(gate), *core);
+        let (gate, board, core) = (Arc::clone(gate), Arc::clone(&board), *core);
         let run = move || {
             if let Some(core) = core {
                 pin_current_thread(&[core]);
             }
-            work(&gate, manner);
+            work(&gate, Sharer { board: &board, worker: i }, manner);
         };
         let name = format!("icecache-search-{i}");
         std::thread::Builder::new().name(name).spawn(run).map_err(|error| Error::Thread(error.to_string()))
@@ -66,10 +68,10 @@ pub(crate) fn start(gate: &Arc<Gate>, cores: &[Option<usize>], manner: Manner) -
     cores.iter().enumerate().map(spawn).collect()
 }
 
-fn work(gate: &Gate, manner: Manner) {
+fn work(gate: &Gate, sharer: Sharer<'_>, manner: Manner) {
     let (mut seen, mut buffers) = (0, Buffers::default());
     while let Some(step) = gate.enter(&mut seen, manner.linger, manner.polite) {
-        step.serve(&mut buffers, manner.polite);
+        step.serve(&mut buffers, sharer, manner.polite);
         drop(step);
         gate.leave();
     }

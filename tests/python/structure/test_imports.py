@@ -23,7 +23,7 @@ ALLOWED = {
     "bench": BASE | {"kernels", "stats", *FLOW},
     "eval": BASE | {"bench", "stats", *FLOW},
     "demo": BASE | {"eval", "bench", "stats", *FLOW},
-    "doctor": BASE | {"eval", "index"},
+    "doctor": BASE | {"eval", "index", "kernels", "transfer"},
     "cli": BASE | {"bench", "demo", "doctor", "eval"},
     "__init__": BASE | {"index", "runtime", "stats"},
 }

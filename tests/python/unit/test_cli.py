@@ -125,7 +125,8 @@ def test_the_demo_measures_what_the_arms_promise(tmp_path: Path) -> None:
 def test_doctor_explains_the_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert set(lines) == {"system", "cores", "memory", "packages", "cuda", "core", "threads", "model", "mode"}
+    machine = {"system", "cores", "workers", "memory", "locked", "packages", "cuda", "bus", "mailbox"}
+    assert set(lines) == machine | {"core", "threads", "model", "mode"}
     assert lines["model"] == "needle-3m loads and finds a passkey"
     assert "torch" in lines["packages"]
 

@@ -17,7 +17,7 @@ fn views(forests: &[Vec<Arc<Forest>>]) -> Vec<Vec<View>> {
 /// Words that a search of `view` has to give.
 fn expected(view: &View, queries: &[f32]) -> Vec<u64> {
     let mut table = PageTable::default();
-    search_view(view, queries, &options(), SHAPE.capacity, &mut table).unwrap();
+    search_view(view, queries, &options(), SHAPE.capacity, None, &mut table).unwrap();
     let pages = table.addresses.iter().zip(&table.live);
     let mut words: Vec<u64> = pages.map(|(address, live)| address | u64::from(*live) << 48).collect();
     words.resize(SHAPE.capacity, 0);

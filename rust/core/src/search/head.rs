@@ -8,7 +8,9 @@ use super::probe::{Probe, Query};
 use super::quantised::QuantisedQueries;
 use super::rank::top_keys;
 use super::scan::{Scan, ordinal};
+use super::share::{PREFETCH_PAGES, Parts, Share, each};
 use crate::config::{CANDIDATE_REACH, FLAT_PAGES, PROBE_MASS, REACH, SEGMENT_PAGES, SearchOptions};
+use crate::layout::PageLayout;
 use crate::math::{log_sum, rank_index, rank_key};
 use crate::simd::{BLOCK, Logit, kernels, prefetch};
 use crate::snapshot::View;
@@ -43,11 +45,15 @@ pub(crate) struct Scratch {
     max: Vec<f32>,
     dots: Vec<f32>,
     exact: ExactScores,
+    parts: Parts,
 }
 
 /// Pages that were scored exactly.
 #[derive(Debug, Default)]
 struct ExactScores {
+    /// Ordinals of the pages to score, with their columns of `Scratch::logits`.
+    wanted: Vec<(usize, Option<usize>)>,
+    /// Pages that were scored: wanted ones that hold a live token.
     ordinals: Vec<u32>,
     /// Columns of `Scratch::logits` with the estimates that they replace; a page of the tail has none.
     columns: Vec<u32>,
@@ -59,6 +65,8 @@ struct ExactScores {
     capacity: usize,
     /// Mass summed over the group.
     scores: Vec<f32>,
+    /// Largest logit and whole mass per head.
+    totals: Vec<(f32, f32)>,
 }
 
 impl Scratch {
@@ -75,12 +83,13 @@ impl Scratch {
     }
 }
 
-/// Searches one tree with `[group, key_dim]` queries.
+/// Searches one tree with `[group, key_dim]` queries; `share` lends threads, and changes nothing else.
 pub(crate) fn search_head(
     view: &View,
     queries: &[f32],
     options: &SearchOptions,
     scratch: &mut Scratch,
+    share: Option<&dyn Share>,
     mut out: HeadOut<'_>,
 ) {
     out.ordinals.fill(u32::MAX);
@@ -93,7 +102,7 @@ pub(crate) fn search_head(
         return;
     }
     let logit = Logit { scaling: options.scaling, softcap: options.softcap.unwrap_or(0.0) };
-    let Scratch { queries: quantised, scan, probe, logits, ranking, weights, keys, max, dots, exact } = scratch;
+    let Scratch { queries: quantised, scan, probe, logits, ranking, weights, keys, max, dots, exact, parts } = scratch;
     quantised.set(queries, layout.key_dim, |x| x);
     max.clear();
     max.resize(group, f32::NEG_INFINITY);
@@ -110,14 +119,14 @@ pub(crate) fn search_head(
     let stride = n_scanned + probe.n_left;
     // Every column is written: by the scan, and below for the groups left out.
     logits.resize(group * stride, f32::NEG_INFINITY);
-    scan.run(view, quantised, logit, stride, logits, max);
-    weigh(logits, stride, &scan.radii, |g| quantised.length(g, options.scaling), ranking, weights);
-    let mut scorer = PageScorer { layout, queries, logit, dots };
-    exact.reset(group, options.n_candidates().min(n_scanned) + n_tail);
-    for t in 0..n_tail {
-        exact.add(view, view.sealed_end() + t, None, &mut scorer);
+    let further = |g: usize| (CANDIDATE_REACH - REACH) * quantised.length(g, options.scaling);
+    if let Some(share) = share {
+        parts.scan(share, view, &scan.blocks, quantised, logit, stride, logits, &mut scan.radii, max);
+        weigh_shared(share, logits, stride, &scan.radii, further, weights);
+    } else {
+        scan.run(view, quantised, logit, stride, logits, max);
+        weigh(logits, stride, &scan.radii, further, ranking, weights);
     }
-    *out.visited = (n_scanned + probe.n_scored + exact.ordinals.len()) as i64;
     for (g, left) in probe.left.chunks_exact(probe.n_left.max(1)).enumerate() {
         logits[g * stride + n_scanned..][..probe.n_left].copy_from_slice(left);
     }
@@ -125,17 +134,18 @@ pub(crate) fn search_head(
     top_keys(keys, options.n_candidates());
     // In memory order, which is kinder to the prefetcher.
     keys.sort_unstable_by_key(|key| rank_index(*key));
+    let n_sealed = view.sealed_end();
+    exact.reset(group, keys.len() + n_tail);
+    exact.wanted.extend((n_sealed..n_sealed + n_tail).map(|ordinal| (ordinal, None)));
     let column_of = |key: &u64| rank_index(*key) as usize;
-    let ordinal_of = |column: usize| ordinal(scan.blocks[column / BLOCK], column % BLOCK);
-    for (i, key) in keys.iter().enumerate() {
-        // While one page is scored the next one comes: 5 to 20 % of a search whose keys are in memory (docs/LOG.md).
-        if let Some(next) = keys.get(i + 1).and_then(|key| view.page(ordinal_of(column_of(key)))) {
-            prefetch(next.keys);
-        }
-        let column = column_of(key);
-        exact.add(view, ordinal_of(column), Some(column), &mut scorer);
+    let place = |column: usize| (ordinal(scan.blocks[column / BLOCK], column % BLOCK), Some(column));
+    exact.wanted.extend(keys.iter().map(|key| place(column_of(key))));
+    match share {
+        Some(share) => exact.score_shared(share, parts, view, (layout, queries, logit)),
+        None => exact.score(view, &mut PageScorer { layout, queries, logit, dots }),
     }
-    exact.finish(logits, stride, max, keys, &mut out);
+    *out.visited = (n_scanned + probe.n_scored + exact.ordinals.len() - exact.columns.len()) as i64;
+    exact.finish(logits, stride, max, keys, share, &mut out);
 }
 
 /// Rank keys of all scanned lanes that hold a page.
@@ -158,7 +168,7 @@ fn weigh(
     logits: &[f32],
     stride: usize,
     radii: &[f32],
-    length: impl Fn(usize) -> f32,
+    further: impl Fn(usize) -> f32,
     ranking: &mut Vec<f32>,
     weights: &mut Vec<f32>,
 ) {
@@ -166,15 +176,40 @@ fn weigh(
     weights.clear();
     weights.resize(radii.len(), 0.0);
     for (g, logits) in logits.chunks_exact(stride.max(1)).enumerate() {
-        let further = (CANDIDATE_REACH - REACH) * length(g);
-        ranking.clear();
-        ranking.extend(logits.iter().zip(radii).map(|(logit, radius)| logit + further * radius));
-        let max = maximum(ranking);
-        if max > f32::NEG_INFINITY {
-            let sum = (kernels.exp_sum)(ranking, max);
-            (kernels.add_scaled)(weights, ranking, 1.0 / sum);
+        if let Some(factor) = shares_of_head(logits, radii, further(g), ranking) {
+            (kernels.add_scaled)(weights, ranking, factor);
         }
     }
+}
+
+/// [`weigh`], one head a part.
+fn weigh_shared(
+    share: &dyn Share,
+    logits: &[f32],
+    stride: usize,
+    radii: &[f32],
+    further: impl Fn(usize) -> f32 + Sync,
+    weights: &mut Vec<f32>,
+) {
+    weights.clear();
+    weights.resize(radii.len(), 0.0);
+    let heads = logits.chunks_exact(stride.max(1)).map(|logits| (logits, Vec::new(), None)).collect();
+    let heads = each(share, heads, |g, (logits, ranking, factor): &mut (&[f32], Vec<f32>, Option<f32>)| {
+        *factor = shares_of_head(logits, radii, further(g), ranking);
+    });
+    for (_, ranking, factor) in heads {
+        if let Some(factor) = factor {
+            (kernels().add_scaled)(weights, &ranking, factor);
+        }
+    }
+}
+
+/// Masses of one head's lanes as candidates, to be multiplied by what is returned; `None` when there is none.
+fn shares_of_head(logits: &[f32], radii: &[f32], further: f32, ranking: &mut Vec<f32>) -> Option<f32> {
+    ranking.clear();
+    ranking.extend(logits.iter().zip(radii).map(|(logit, radius)| logit + further * radius));
+    let max = maximum(ranking);
+    (max > f32::NEG_INFINITY).then(|| 1.0 / (kernels().exp_sum)(ranking, max))
 }
 
 /// Largest element; minus infinity for none. In lanes, so that it compiles to vector instructions.
@@ -191,6 +226,7 @@ fn maximum(x: &[f32]) -> f32 {
 
 impl ExactScores {
     fn reset(&mut self, group: usize, capacity: usize) {
+        self.wanted.clear();
         self.ordinals.clear();
         self.columns.clear();
         self.capacity = capacity;
@@ -198,16 +234,40 @@ impl ExactScores {
         self.sums.resize(group * capacity, 0.0);
     }
 
-    fn add(&mut self, view: &View, ordinal: usize, column: Option<usize>, scorer: &mut PageScorer<'_>) {
-        let Some(page) = view.page(ordinal) else { return };
-        let (i, capacity) = (self.ordinals.len(), self.capacity);
-        let (masses, sums) = (&mut self.masses, &mut self.sums);
-        scorer.score(&page, |g, max, sum| {
-            masses[g * capacity + i] = max;
-            sums[g * capacity + i] = sum;
-        });
+    /// Notes a scored page.
+    fn note(&mut self, (ordinal, column): (usize, Option<usize>)) {
         self.ordinals.push(ordinal as u32);
         self.columns.extend(column.map(|column| column as u32));
+    }
+
+    fn score(&mut self, view: &View, scorer: &mut PageScorer<'_>) {
+        let capacity = self.capacity;
+        for place in 0..self.wanted.len() {
+            if let Some(next) = self.wanted.get(place + PREFETCH_PAGES).and_then(|&(ordinal, _)| view.page(ordinal)) {
+                prefetch(next.keys);
+            }
+            let wanted = self.wanted[place];
+            let Some(page) = view.page(wanted.0) else { continue };
+            let (i, masses, sums) = (self.ordinals.len(), &mut self.masses, &mut self.sums);
+            scorer.score(&page, |g, max, sum| {
+                masses[g * capacity + i] = max;
+                sums[g * capacity + i] = sum;
+            });
+            self.note(wanted);
+        }
+    }
+
+    fn score_shared(&mut self, share: &dyn Share, parts: &mut Parts, view: &View, query: (PageLayout, &[f32], Logit)) {
+        let wanted = std::mem::take(&mut self.wanted);
+        parts.score(share, view, &wanted, query, |place, scores| {
+            let i = self.ordinals.len();
+            for (g, (max, sum)) in scores.iter().enumerate() {
+                self.masses[g * self.capacity + i] = *max;
+                self.sums[g * self.capacity + i] = *sum;
+            }
+            self.note(wanted[place]);
+        });
+        self.wanted = wanted;
     }
 
     /// Replaces the estimates of the scored pages by their exact masses and writes the best of them.
@@ -217,30 +277,33 @@ impl ExactScores {
         stride: usize,
         max: &mut [f32],
         keys: &mut Vec<u64>,
+        share: Option<&dyn Share>,
         out: &mut HeadOut<'_>,
     ) {
         let n = self.ordinals.len();
-        let kernels = kernels();
         self.scores.clear();
         self.scores.resize(n, 0.0);
-        let share = 1.0 / max.len() as f32;
-        for (g, max) in max.iter_mut().enumerate() {
-            let masses = &mut self.masses[g * self.capacity..][..n];
-            let estimates = &mut estimates[g * stride..][..stride];
-            for &column in &self.columns {
-                estimates[column as usize] = f32::NEG_INFINITY;
-            }
-            // Not the maximum of stage 1: an estimate may lie far above the exact value that replaced it.
-            let top = maximum(estimates).max(maximum(masses));
-            let rest = (kernels.exp_sum)(estimates, top);
-            (kernels.exp_sum)(masses, top);
-            for (mass, sum) in masses.iter_mut().zip(&self.sums[g * self.capacity..][..n]) {
-                *mass *= sum;
-            }
-            let total = rest + (kernels.sum)(masses);
-            *max = top;
+        let group = max.len();
+        let (columns, capacity) = (&self.columns, self.capacity);
+        let masses = self.masses.chunks_exact_mut(capacity.max(1)).take(group);
+        let rows = estimates.chunks_exact_mut(stride.max(1)).zip(masses).zip(self.sums.chunks_exact(capacity.max(1)));
+        let one = |row: &mut ((&mut [f32], &mut [f32]), &[f32])| {
+            let ((estimates, masses), sums) = row;
+            total_of_head(estimates, &mut masses[..n], &sums[..n], columns)
+        };
+        self.totals.clear();
+        if let Some(share) = share {
+            let items = rows.map(|row| (row, (0.0, 0.0))).collect();
+            let items = each(share, items, |_, (row, total)| *total = one(row));
+            self.totals.extend(items.into_iter().map(|(_, total)| total));
+        } else {
+            self.totals.extend(rows.map(|mut row| one(&mut row)));
+        }
+        for (g, &(top, total)) in self.totals.iter().enumerate() {
+            max[g] = top;
             out.lse[2 * g] = log_sum(top, total);
-            (kernels.add_scaled)(&mut self.scores, masses, share / total);
+            let masses = &self.masses[g * capacity..][..n];
+            (kernels().add_scaled)(&mut self.scores, masses, 1.0 / group as f32 / total);
         }
         keys.clear();
         keys.extend(self.scores.iter().zip(0_u32..).map(|(&score, i)| rank_key(score, i)));
@@ -259,6 +322,21 @@ impl ExactScores {
     }
 }
 
+/// Turns the exact log-sum-exps of one head's scored pages into masses; returns the largest logit and the whole mass,
+/// estimates of other pages included. Estimates of scored pages, in `columns`, are replaced.
+fn total_of_head(estimates: &mut [f32], masses: &mut [f32], sums: &[f32], columns: &[u32]) -> (f32, f32) {
+    let kernels = kernels();
+    for &column in columns {
+        estimates[column as usize] = f32::NEG_INFINITY;
+    }
+    // Not the maximum of stage 1: an estimate may lie far above the exact value that replaced it.
+    let top = maximum(estimates).max(maximum(masses));
+    let rest = (kernels.exp_sum)(estimates, top);
+    (kernels.exp_sum)(masses, top);
+    masses.iter_mut().zip(sums).for_each(|(mass, sum)| *mass *= sum);
+    (top, rest + (kernels.sum)(masses))
+}
+
 #[cfg(test)]
 mod tests {
     use super::{CANDIDATE_REACH, REACH, weigh};
@@ -269,7 +347,8 @@ mod tests {
         let (stride, radii, lengths) = (4, [0.0, 0.0, 4.0], [2.0, 1.0]);
         let logits = [1.0, 0.5, 0.0, 90.0, 50.0, 51.0, 50.5, 90.0];
         let (mut ranking, mut weights) = (Vec::new(), Vec::new());
-        weigh(&logits, stride, &radii, |g| lengths[g], &mut ranking, &mut weights);
+        let further = |g: usize| (CANDIDATE_REACH - REACH) * lengths[g];
+        weigh(&logits, stride, &radii, further, &mut ranking, &mut weights);
         let raised = |g: usize, p: usize| {
             f64::from(logits[g * stride + p]) + f64::from((CANDIDATE_REACH - REACH) * lengths[g] * radii[p])
         };

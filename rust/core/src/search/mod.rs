@@ -13,6 +13,7 @@ mod probe;
 mod quantised;
 mod rank;
 mod scan;
+mod share;
 
 use rayon::ThreadPool;
 use rayon::prelude::*;
@@ -31,6 +32,7 @@ pub(crate) use quantised::QuantisedQueries;
 pub(crate) use rank::top_keys;
 #[cfg(feature = "bench")]
 pub(crate) use scan::Scan;
+pub use share::Share;
 
 /// Searches every KV head of every forest with its group of queries, `[rows, heads, group, key_dim]`.
 ///
@@ -55,7 +57,9 @@ pub fn search(
     let mut selection = Selection::empty(views, n_heads, options.k.min(most_pages), group, layout_of(forests));
     let per_head = group * dim;
     let task = |(head, (view, out)): (usize, (&View, HeadOut<'_>))| {
-        Scratch::with(|scratch| search_head(view, &queries[head * per_head..][..per_head], options, scratch, out));
+        Scratch::with(|scratch| {
+            search_head(view, &queries[head * per_head..][..per_head], options, scratch, None, out);
+        });
     };
     let (views, outputs) = selection.parts_mut();
     if views.len() <= 1 || pool.current_num_threads() == 1 {

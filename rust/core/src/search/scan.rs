@@ -3,8 +3,12 @@
 
 use super::quantised::QuantisedQueries;
 use crate::config::REACH;
-use crate::simd::{BLOCK, Logit, kernels};
+use crate::simd::{BLOCK, Logit, kernels, prefetch};
 use crate::snapshot::View;
+
+/// How far ahead summaries are fetched, blocks of 2 KiB at 128 dimensions: they lie in pieces of 8 KiB, too short for the
+/// processor to see a stream.
+const PREFETCH_BLOCKS: usize = 4;
 
 /// Visited blocks and where their logits lie.
 #[derive(Debug, Default)]
@@ -35,26 +39,47 @@ impl Scan {
         logits: &mut [f32],
         max: &mut [f32],
     ) {
-        let kernels = kernels();
-        let group = queries.scales.len();
-        self.raw.resize(group * BLOCK, 0);
-        self.radii.clear();
-        for (i, &block) in self.blocks.iter().enumerate() {
-            let (entry, b) = view.snapshot().segments.block(block as usize);
-            let summaries = &entry.segment.summaries;
-            (kernels.scan)(summaries.block(b), &queries.levels, queries.pairs, &mut self.raw);
-            let scales = &summaries.scales[b * BLOCK..][..BLOCK];
-            let ln_counts = &entry.ln_counts()[b * BLOCK..][..BLOCK];
-            let radii = &summaries.radii[b * BLOCK..][..BLOCK];
-            self.radii.extend_from_slice(radii);
-            for g in 0..group {
-                let out = &mut logits[g * stride + i * BLOCK..][..BLOCK];
-                let raw = &self.raw[g * BLOCK..][..BLOCK];
-                let reach = REACH * queries.length(g, logit.scaling);
-                let addends: [f32; BLOCK] = std::array::from_fn(|lane| ln_counts[lane] + reach * radii[lane]);
-                let top = (kernels.logits)(raw, scales, queries.scales[g], logit, &addends, out);
-                max[g] = max[g].max(top);
-            }
+        scan_blocks(view, &self.blocks, queries, logit, stride, &mut self.raw, logits, &mut self.radii, max);
+    }
+}
+
+/// [`Scan::run`] for some blocks; `raw` is scratch.
+#[expect(clippy::too_many_arguments, reason = "buffers of two owners")]
+pub(crate) fn scan_blocks(
+    view: &View,
+    blocks: &[u32],
+    queries: &QuantisedQueries,
+    logit: Logit,
+    stride: usize,
+    raw: &mut Vec<i32>,
+    logits: &mut [f32],
+    radii: &mut Vec<f32>,
+    max: &mut [f32],
+) {
+    let kernels = kernels();
+    let group = queries.scales.len();
+    raw.resize(group * BLOCK, 0);
+    radii.clear();
+    let segments = &view.snapshot().segments;
+    for (i, &block) in blocks.iter().enumerate() {
+        if let Some(&ahead) = blocks.get(i + PREFETCH_BLOCKS) {
+            let (entry, b) = segments.block(ahead as usize);
+            prefetch(bytemuck::cast_slice(entry.segment.summaries.block(b)));
+        }
+        let (entry, b) = segments.block(block as usize);
+        let summaries = &entry.segment.summaries;
+        (kernels.scan)(summaries.block(b), &queries.levels, queries.pairs, raw);
+        let scales = &summaries.scales[b * BLOCK..][..BLOCK];
+        let ln_counts = &entry.ln_counts()[b * BLOCK..][..BLOCK];
+        let block_radii = &summaries.radii[b * BLOCK..][..BLOCK];
+        radii.extend_from_slice(block_radii);
+        for g in 0..group {
+            let out = &mut logits[g * stride + i * BLOCK..][..BLOCK];
+            let raw = &raw[g * BLOCK..][..BLOCK];
+            let reach = REACH * queries.length(g, logit.scaling);
+            let addends: [f32; BLOCK] = std::array::from_fn(|lane| ln_counts[lane] + reach * block_radii[lane]);
+            let top = (kernels.logits)(raw, scales, queries.scales[g], logit, &addends, out);
+            max[g] = max[g].max(top);
         }
     }
 }

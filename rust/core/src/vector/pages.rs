@@ -117,7 +117,7 @@ impl VectorIndex {
             let (mut ordinals, mut scores) = (vec![u32::MAX; k], vec![0.0; k]);
             let (mut lse, mut visited) = (vec![f32::NEG_INFINITY; 2 * group], 0);
             let out = HeadOut { ordinals: &mut ordinals, scores: &mut scores, lse: &mut lse, visited: &mut visited };
-            Scratch::with(|scratch| search_head(&state.view, queries, &options, scratch, out));
+            Scratch::with(|scratch| search_head(&state.view, queries, &options, scratch, None, out));
             (ordinals, scores, lse)
         };
         let size = group * self.config.dim;

@@ -20,8 +20,21 @@ def core() -> str:
 
 def cores() -> str:
     """Cores of the machine and of this process."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{os.cpu_count()} in the machine, {usable} for this process"
+    from icecache import _core
+
+    usable, physical, nodes = _core.topology()
+    numa = f"{nodes} NUMA node" + ("s" if nodes > 1 else "")
+    return f"{os.cpu_count()} in the machine; for this process {usable}, {physical} of them physical, on {numa}"
+
+
+def workers() -> str:
+    """Search workers that a step on a GPU would have, and why."""
+    from icecache import _core
+
+    n = _core.default_workers()
+    if n:
+        return f"{n} that poll while a step is in flight, bound to cores; the other cores launch and insert"
+    return "0: with fewer than 4 cores, polling workers would starve the thread that launches the model"
 
 
 def threads() -> str:
@@ -40,6 +53,17 @@ def memory() -> str:
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = (os.sysconf(name) * page / 2**30 for name in ("SC_PHYS_PAGES", "SC_AVPHYS_PAGES"))
     return f"{total:.1f} GiB, {free:.1f} GiB free (reclaimable caches not counted)"
+
+
+def locked_memory() -> str:
+    """How much memory may be page-locked."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return "limit not reported by this system"
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    text = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / 2**20:.0f} MiB"
+    return f"limit of this process {text} (ulimit -l); CUDA's own page-locking is bounded by free memory instead"
 
 
 def packages() -> str:
@@ -74,21 +98,59 @@ def model() -> str:
     return "needle-3m loads and finds a passkey" if exact_match(outcomes["full"]) else "needle-3m loads, answer WRONG"
 
 
+def bus() -> str:
+    """Bandwidth between page-locked memory and the GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU to measure"
+    from icecache.doctor.gpu import bandwidths
+
+    to_device, to_host = bandwidths()
+    return f"{to_device:.0f} GB/s from page-locked memory to the GPU, {to_host:.0f} GB/s back"
+
+
+def mailbox() -> str:
+    """Time of a question to a search worker from inside a CUDA graph."""
+    import torch
+
+    from icecache import _core
+
+    if not torch.cuda.is_available():
+        return "no GPU to measure"
+    if not _core.default_workers():
+        return "not measured: no search workers on this machine"
+    from icecache.doctor.gpu import round_trip_us
+
+    return f"{round_trip_us():.1f} us a layer in a CUDA graph, without a search"
+
+
 def mode() -> str:
     """Say what a wrapped model would do here, and why."""
     import torch
 
-    if torch.cuda.is_available():
-        return "model on the GPU; pages, search and selection on the CPU, selected pages cross by plain copies"
-    return "everything on the CPU: no CUDA device; pages are gathered in host memory"
+    from icecache import _core
+
+    if not torch.cuda.is_available():
+        return "everything on the CPU: no CUDA device; pages are gathered in host memory"
+    if not _core.default_workers():
+        return "model on the GPU, search on the CPU between kernels, selected pages copied: too few cores for workers"
+    reason = _core.HostMemory(_core.Pool(1), pin="auto").fallback_reason()
+    if reason is not None:
+        return f"model on the GPU, search between kernels, selected pages copied: memory is not page-locked ({reason})"
+    return "one CUDA graph a token; workers search on the CPU, kernels read pages in place from page-locked memory"
 
 
 CHECKS: dict[str, Callable[[], str]] = {
     "system": lambda: f"{platform.system()} {platform.machine()}",
     "cores": cores,
+    "workers": workers,
     "memory": memory,
+    "locked": locked_memory,
     "packages": packages,
     "cuda": cuda,
+    "bus": bus,
+    "mailbox": mailbox,
     "core": core,
     "threads": threads,
     "model": model,
