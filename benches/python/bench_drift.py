@@ -20,11 +20,14 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
 QUERIES = 64
-COLOURS = {"never": "#e2711d", "segments": "#0b84d8", "tiers": "#2a9d5c"}
+COLOURS = {"segments": "#0b84d8", "background": "#7a5cc8", "tiers": "#2a9d5c", "never": "#e2711d"}
+# The sealed ones nearly coincide.
+DASHES = {"segments": "-", "background": "--", "tiers": ":", "never": "-"}
 LABELS = {
-    "never": "never sealed: pages split",
-    "segments": "sealed every 1024 tokens",
-    "tiers": "sealed every 256, then 1024",
+    "segments": "sealed every 1024 tokens, at once",
+    "background": "every 1024, aside",
+    "tiers": "every 256, then 1024, aside",
+    "never": "never: pages split",
 }
 TITLES = {"llama": "llama-like", "qwen": "qwen-like"}
 
@@ -94,8 +97,8 @@ def draw(rows: list[Row], path: Path) -> None:
             for sealing in dict.fromkeys(row["sealing"] for row in rows):
                 line = [row for row in rows if row["data"] == name and row["sealing"] == sealing]
                 points = [100 * row["share"] for row in line], [row["mass"] for row in line]
-                axis.plot(*points, marker="o", ms=3, color=COLOURS[sealing], label=LABELS[sealing])
-            axis.set_title(TITLES.get(name, "clustered (keys.rs)"), size=9)
+                axis.plot(*points, DASHES[sealing], marker="o", ms=3, color=COLOURS[sealing], label=LABELS[sealing])
+            axis.set_title(TITLES.get(name, name), size=9)
             axis.set_xlabel("keys inserted, %")
         axes[0].set_ylabel("softmax mass in 16 pages")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)

@@ -89,7 +89,8 @@ fn main() {
     for name in if given.is_empty() { vec!["36864".to_owned()] } else { given } {
         let data = data(&name);
         let bytes: Vec<u8> = data.keys.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let short = name.rsplit('/').next().unwrap_or_default();
+        let short =
+            if name.parse::<usize>().is_ok() { "clustered" } else { name.rsplit('/').next().unwrap_or_default() };
         for (way, sealing) in WAYS {
             for share in SHARES {
                 let (forest, us) = grown(&bytes, share, sealing, &pool);

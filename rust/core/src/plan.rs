@@ -79,7 +79,10 @@ impl<'a> Plan<'a> {
     pub(crate) fn new(view: &'a View, rows: &'a [Row<'a>], how: How, sealing: Sealing) -> Self {
         let (tree, tokens) = (view.snapshot(), view.trees().tokens);
         let (few, begun) = match sealing.stretch() {
-            Some(stretch) => (rows.len() <= stretch, tokens > 0),
+            Some(stretch) => {
+                let between = tree.frozen.is_some() || !tree.segments.parts().is_empty();
+                (rows.len() <= stretch, between || view.tail_tokens() > 0)
+            }
             None if sealing == Sealing::Never => (true, view.tail_tokens() > 0),
             None => (view.tail_tokens() + rows.len() < SEGMENT_TOKENS, view.tail_tokens() > 0),
         };

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use icecache_core::{self as core, Dtype, ExtendRow, PageLayout, StoreOptions};
+use icecache_core::{self as core, Dtype, ExtendRow, PageLayout, Sealing, StoreOptions};
 use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -124,7 +124,8 @@ impl Forest {
     fn new(py: Python<'_>, store: &Bound<'_, PageStore>, n_kv_heads: &Bound<'_, PyAny>) -> PyResult<Self> {
         let n_heads = count(n_kv_heads, "n_kv_heads")?;
         let store = Arc::clone(&store.get().inner);
-        core::Forest::new(store, n_heads)
+        // Decoding never waits for packing, and a short context keeps well-packed pages.
+        core::Forest::with_sealing(store, n_heads, Sealing::Tiers)
             .map(|inner| Self { inner: Arc::new(inner) })
             .map_err(|error| error.into_py(py))
     }
