@@ -7,7 +7,8 @@ import gc
 
 import pytest
 import torch
-from icecache import IceRuntime
+from icecache import IceRuntime, PoolExhaustedError
+from icecache.errors import BadTensorError
 from icecache.eval.needle import load_needle, make_samples
 from tiny import build, dense_and_ours, left_padded, prompt
 from transformers import DynamicCache
@@ -200,3 +201,23 @@ def test_nothing_stays_on_the_device_when_the_caches_are_gone(dense_below):
             assert torch.cuda.memory_allocated() == start
         finally:
             gc.enable()
+
+
+def test_a_prompt_that_finds_no_room_is_an_error_and_the_cache_is_as_before():
+    """Prompts leave a GPU in the background: what fails there must come out of the forward that brought them."""
+    model, ids = build("llama").to(DEVICE), prompt(1, 400)
+    with IceRuntime.wrap(model, budget=64, dense_below=0, host_memory=1 << 14) as runtime:
+        cache = runtime.new_cache()
+        with pytest.raises(PoolExhaustedError):
+            forward(model, ids, cache)
+        assert cache.get_seq_length() == 0
+        forward(model, ids[:, :60], cache)
+        assert cache.get_seq_length() == 60
+
+
+def test_a_prompt_with_infinite_keys_is_an_error_that_names_the_layer():
+    model, ids = build("llama").to(DEVICE), prompt(1, 100)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[0, 0] = float("inf")
+    with IceRuntime.wrap(model, budget=64, dense_below=0) as runtime, pytest.raises(BadTensorError, match="layer 1"):
+        forward(model, ids, runtime.new_cache())
