@@ -48,6 +48,7 @@ class IceRuntime:
             recorder=self._recorder,
             selector=chosen.selector,
             n_pages=config.retrieved_pages,
+            candidates=config.candidates,
             offload=Offload(pool),
         )
         register()

@@ -16,7 +16,7 @@ from icecache.config import PAGE_TOKENS
 from icecache.errors import EngineError
 from icecache.pages import LayerPages
 from icecache.pages.store import dtype_name
-from icecache.select import CANDIDATES_PER_PAGE, MIN_CANDIDATES, Services
+from icecache.select import Services
 from icecache.transfer import ADDRESS_BITS, MailboxShape, MailboxTensors, open_mailbox
 
 MASS_EVERY = 8
@@ -115,7 +115,7 @@ class EngineSearch:
                 n_pages,
                 scaling=scaling,
                 softcap=step.softcap[layer],
-                candidates=max(MIN_CANDIDATES, CANDIDATES_PER_PAGE * n_pages),
+                candidates=self._services.candidates,
             )
         held.pages = [weakref.ref(p) for p in pages]
         weakref.finalize(pages[0], _forget, weakref.ref(held), held.binding)

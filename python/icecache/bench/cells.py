@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,8 @@ class Outcome:
     """Mean time from a request of a layer to its answer, microseconds."""
     attended: float = float("nan")
     """Mean tokens attended per KV head and step."""
+    fill_parts_ms: dict[str, float] = field(default_factory=dict)
+    """Of ours, on the host: copies from the device, and packing; with a prompt both run beside the GPU."""
     error: str = ""
 
 
@@ -177,8 +179,10 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             warm = [_timed(decoding.step) for _ in range(WARM_UP_STEPS)]
+            parts: dict[str, float] = {}
             if decoding.runtime is not None:
-                decoding.runtime.stats()  # ends the step, so that it is not counted below
+                spent = decoding.runtime.stats().ms  # ends the step, too, so that it is not counted below
+                parts = {name: spent[name] for name in ("prefill_offload", "index_build")}
                 decoding.runtime.reset_stats()
             times = [_timed(decoding.step) for _ in range(cell.steps)]
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
@@ -193,6 +197,7 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
         fill_s=fill_s,
         kv_device_bytes=max(peak - on_device, 0),
         kv_host_bytes=decoding.host_bytes,
+        fill_parts_ms=parts,
         search_us_layer=search_us,
         attended=attended,
     )

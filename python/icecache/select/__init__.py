@@ -5,8 +5,6 @@ from icecache.select.base import Request as Request
 from icecache.select.base import Selector as Selector
 from icecache.select.base import Services as Services
 from icecache.select.base import read_groups as read_groups
-from icecache.select.pages import CANDIDATES_PER_PAGE as CANDIDATES_PER_PAGE
-from icecache.select.pages import MIN_CANDIDATES as MIN_CANDIDATES
 from icecache.select.pages import RandomPages as RandomPages
 from icecache.select.pages import TreeSearch as TreeSearch
 from icecache.select.tokens import TokenOracle as TokenOracle

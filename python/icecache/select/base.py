@@ -86,6 +86,8 @@ class Services:
     recorder: Recorder
     selector: Selector | None
     n_pages: int
+    candidates: int
+    """Pages a search scores from their keys."""
     offload: Offload
     trace: Trace | None = None
     mass: dict[torch.device, torch.Tensor] = field(default_factory=dict)

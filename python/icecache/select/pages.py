@@ -9,13 +9,6 @@ import numpy as np
 from icecache import _core
 from icecache.select.base import Read, Request, Services
 
-# Fewest pages scored exactly: the index's own default.
-MIN_CANDIDATES = 112
-# Pages scored exactly per page read. 6 are enough where attention is sharp; where it spreads over hundreds of tokens
-# (needle-3m, haystack of needles, 16k tokens, 13 pages read, 64 samples) exact match is .83 with 112 candidates,
-# .88 with 160, .89 with 224 and .92 with 320, which is also what exact scores of all pages reach.
-CANDIDATES_PER_PAGE = 24
-
 
 @dataclass(frozen=True, slots=True)
 class TreeSearch:
@@ -33,7 +26,7 @@ class TreeSearch:
                 request.n_pages,
                 scaling=request.scaling,
                 softcap=request.softcap,
-                candidates=max(MIN_CANDIDATES, CANDIDATES_PER_PAGE * request.n_pages),
+                candidates=services.candidates,
                 exact=self.exact,
             )
         return services.read(request, selection)
