@@ -244,7 +244,7 @@ pub(crate) fn loader(data: &[u8]) {
         match bytes.byte() % 8 {
             // A field of the table: offset, length.
             0 => file[section + 8 + at % 16] = value,
-            _ if length == 0 || start + length > file.len() => {}
+            _ if length == 0 || start.checked_add(length).is_none_or(|end| end > file.len()) => {}
             1 => file[start..start + length.min(8)].fill(value),
             2 => file[start + at % length] ^= 1 << (value % 8),
             _ => file[start + at % length] = value,
