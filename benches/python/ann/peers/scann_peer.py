@@ -30,7 +30,8 @@ class Scann(Static):
     def lines(self, k: int) -> list[Line]:
         # README: leaves_to_search ~ sqrt(num_leaves) up, reorder a few times k.
         default = max(1, round(math.sqrt(self.leaves)))
-        factors = (10, 5, 30) if k <= 10 else (3, 2, 8)
+        # Where the codes are too coarse (squared L2, for which it cannot encode residuals) only long re-ranking helps.
+        factors = (10, 5, 30, 100, 300) if k <= 10 else (3, 2, 8, 30)
         return [Line(f"leaves, reorder {f * k}", default, 1, self.leaves, {"reorder": f * k}) for f in factors]
 
     def tune(self, line: Line, effort: int) -> None:
