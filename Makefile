@@ -62,6 +62,7 @@ test-rust:
 # The concurrent protocol under the model checker (minutes), with each ordering weakened in turn.
 loom:
 	RUSTFLAGS="--cfg loom" cargo test -q --release -p icecache-core --lib --target-dir target/loom loom_models -- --test-threads=$(WORKERS)
+	RUSTFLAGS="--cfg loom" cargo test -q --release -p icecache-engine --lib --target-dir target/loom claims
 
 # Ten million random operations from four threads (minutes).
 endurance:
