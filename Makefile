@@ -20,6 +20,10 @@ test: lint test-rust test-oldest test-python
 bench: build
 	cargo run -q --release -p icecache-core --features bench --example ratios -- 36864 307200
 	cargo run -q --release -p icecache-core --example paper
+	cargo run -q --release -p icecache-core --features bench --example kernels
+	cargo run -q --release -p icecache-core --example scaling
+	cargo bench -q -p icecache-core --features bench --bench search -- --quick
+	benches/rust/instructions.sh
 	$(BIN)/python benches/python/bench_mass.py
 	$(BIN)/python benches/python/bench_mass.py curve --tokens 307200 --queries 24
 

@@ -113,8 +113,9 @@ fn tiles<E: Element, const R: usize, const G: usize>(
         // SAFETY: `dots` counted `n` whole rows, `queries` has `G * dim` elements.
         let mut sums = unsafe { tile::<E, R, G>(rows, queries, dim) };
         if !dim.is_multiple_of(LANES) {
+            // By value, so that the sums need no memory on the usual path.
             // SAFETY: as above.
-            unsafe { add_ends::<E, R, G>(&mut sums, rows, queries, dim) };
+            sums = unsafe { add_ends::<E, R, G>(sums, rows, queries, dim) };
         }
         let sums = reduce(sums);
         for (j, sums) in sums.as_chunks::<R>().0.iter().enumerate() {
@@ -141,7 +142,8 @@ unsafe fn tile<E: Element, const R: usize, const G: usize>(
     dim: usize,
 ) -> [__m256; TILE] {
     let mut sums = [_mm256_setzero_ps(); TILE];
-    for start in (0..dim / LANES * LANES).step_by(LANES) {
+    let mut start = 0;
+    while start + LANES <= dim {
         let mut keys = [_mm256_setzero_ps(); R];
         for r in 0..R {
             // SAFETY: `start + 8 <= dim`, the length of a row.
@@ -155,6 +157,7 @@ unsafe fn tile<E: Element, const R: usize, const G: usize>(
                 sums[slot] = _mm256_fmadd_ps(keys[r], query, sums[slot]);
             }
         }
+        start += LANES;
     }
     sums
 }
@@ -167,11 +170,11 @@ unsafe fn tile<E: Element, const R: usize, const G: usize>(
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn add_ends<E: Element, const R: usize, const G: usize>(
-    sums: &mut [__m256; TILE],
+    mut sums: [__m256; TILE],
     rows: [*const u8; R],
     queries: *const f32,
     dim: usize,
-) {
+) -> [__m256; TILE] {
     let (whole, end) = (dim / LANES * LANES, dim % LANES);
     for (r, row) in rows.into_iter().enumerate() {
         let mut key = [0_u8; 4 * LANES];
@@ -191,6 +194,7 @@ unsafe fn add_ends<E: Element, const R: usize, const G: usize>(
             sums[slot] = _mm256_fmadd_ps(key, query, sums[slot]);
         }
     }
+    sums
 }
 
 /// `((0+4)+(2+6)) + ((1+5)+(3+7))` of eight accumulators at once, in the order of [`SLOT`].

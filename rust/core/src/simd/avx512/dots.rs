@@ -140,7 +140,8 @@ fn tile<E: Element, const P: usize, const G: usize>(
 ) -> [f32; 2 * TILE] {
     let mut sums = [_mm512_setzero_ps(); TILE];
     let whole = dim / LANES * LANES;
-    for start in (0..whole).step_by(LANES) {
+    let mut start = 0;
+    while start < whole {
         let mut query = [_mm512_setzero_ps(); G];
         for (j, query) in query.iter_mut().enumerate() {
             // No slice here: its bounds checks would sit in the innermost loop.
@@ -157,6 +158,7 @@ fn tile<E: Element, const P: usize, const G: usize>(
                 sums[j * P + p] = _mm512_fmadd_ps(keys, query[j], sums[j * P + p]);
             }
         }
+        start += LANES;
     }
     if whole < dim {
         // The ends, padded with zeros as the specification does.

@@ -144,7 +144,8 @@ unsafe fn tile<E: Element, const R: usize, const G: usize>(
 ) -> [Wide; TILE] {
     let mut sums = [[vdupq_n_f32(0.0); 2]; TILE];
     let (whole, end) = (dim / LANES * LANES, dim % LANES);
-    for start in (0..whole).step_by(LANES) {
+    let mut start = 0;
+    while start < whole {
         let mut keys = [[vdupq_n_f32(0.0); 2]; R];
         for r in 0..R {
             // SAFETY: `start + 8 <= dim`, the length of a row.
@@ -157,6 +158,7 @@ unsafe fn tile<E: Element, const R: usize, const G: usize>(
                 sums[j * R + r] = multiply_add(sums[j * R + r], keys[r], query);
             }
         }
+        start += LANES;
     }
     if end == 0 {
         return sums;
