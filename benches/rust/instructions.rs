@@ -64,7 +64,7 @@ fn stage_search(case: &mut Case) {
 #[inline(never)]
 fn stage_in_place(case: &mut Case) {
     let view = case.forest.heads()[0].view();
-    search_view(&view, &case.queries, &case.options, 16, black_box(&mut case.table)).unwrap();
+    search_view(&view, &case.queries, &case.options, 16, None, black_box(&mut case.table)).unwrap();
 }
 
 fn main() {

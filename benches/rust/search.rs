@@ -68,7 +68,9 @@ fn searches(group: &mut BenchmarkGroup<'_, WallTime>, case: &Case, n: usize) {
     });
     let mut table = PageTable::default();
     group.bench_function(BenchmarkId::new("ice_in_place", n), |bencher| {
-        bencher.iter(|| search_view(&view, queries.next().unwrap(), &options, PAGES, black_box(&mut table)).unwrap());
+        bencher.iter(|| {
+            search_view(&view, queries.next().unwrap(), &options, PAGES, None, black_box(&mut table)).unwrap();
+        });
     });
     let mut stages = Stages::default();
     group.bench_function(BenchmarkId::new("flat_scan", n), |bencher| {
