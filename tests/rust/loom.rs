@@ -315,7 +315,7 @@ fn a_block_that_ended_is_routed_by_somebody() {
 const NEEDS: [(&str, Site); 8] = [
     ("a_published_slot_holds_its_row", Site::Slot),
     ("an_insert_that_returned_is_found_by_another_thread", Site::Log),
-    ("an_insert_that_returned_is_found_by_another_thread", Site::Pointer),
+    ("a_block_that_ended_is_routed_by_somebody", Site::Pointer),
     ("an_insert_that_returned_is_found_by_another_thread", Site::State),
     ("a_seal_beside_a_search", Site::State),
     ("a_split_beside_a_search", Site::State),
