@@ -18,3 +18,4 @@ mod steps;
 mod support;
 mod vector;
 mod vector_format;
+mod vector_recall;

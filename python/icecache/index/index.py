@@ -50,7 +50,7 @@ class Index(Reading):
     ----------
     beam : int or None
         Pages of 16 vectors scored exactly per query where a search does not say otherwise. Default None: each query
-        goes on until the vectors it has not looked at are expected to hold less than 1 in 40 of its k nearest.
+        goes on until no page it has not looked at promises one of its k nearest.
 
     Notes
     -----

@@ -72,6 +72,18 @@ pub struct PageLayout {
     pub key_dim: usize,
     /// Elements of a value; 0 for an index of keys only.
     pub value_dim: usize,
+    /// What makes keys similar when they are packed into pages.
+    pub packing: Packing,
+}
+
+/// What makes two keys similar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Packing {
+    /// A large inner product: right for attention.
+    #[default]
+    Product,
+    /// A small distance: right where queries look for what is near.
+    Distance,
 }
 
 /// Largest accepted dim: keeps byte counts and integer dot products far from overflow.
@@ -92,7 +104,13 @@ impl PageLayout {
         if value_dim > MAX_DIM {
             return Err(Error::Option { name: "value_dim", expected: "0..=65536", received: value_dim.to_string() });
         }
-        Ok(Self { dtype, key_dim, value_dim })
+        Ok(Self { dtype, key_dim, value_dim, packing: Packing::Product })
+    }
+
+    /// The same, packed in another way.
+    #[must_use]
+    pub fn packed_by(self, packing: Packing) -> Self {
+        Self { packing, ..self }
     }
 
     /// Bytes of one key.

@@ -66,7 +66,7 @@ pub use extend::{ExtendRow, extend};
 pub use forest::{Counters, Forest};
 pub use head::HeadIndex;
 pub use ids::{PageId, PageRef};
-pub use layout::{Dtype, PageLayout};
+pub use layout::{Dtype, Packing, PageLayout};
 pub use search::{Share, search};
 pub use selection::{Selection, all_pages, select_pages};
 pub use serve::{PageTable, search_view};

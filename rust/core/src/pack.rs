@@ -12,7 +12,7 @@
 use std::borrow::Cow;
 
 use crate::config::{PACK_CANDIDATES, PACK_ROUNDS, PAGE_TOKENS};
-use crate::layout::Dtype;
+use crate::layout::{Dtype, Packing};
 use crate::math::{rank_index, rank_key, rank_value};
 use crate::reassign::reassign;
 use crate::simd::{Dots, kernels};
@@ -20,22 +20,35 @@ use crate::simd::{Dots, kernels};
 /// Seeds scored in one pass: the pass then costs arithmetic, not memory.
 const SEEDS: usize = 4;
 
-/// Packs `n` keys `[n, dim]` as [`pack`] does and lets all keys choose once more among the pages.
-pub(crate) fn pack_pages(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
+/// Packs `n` keys `[n, dim]` as [`pack_by`] does and lets all keys choose once more among the pages.
+pub(crate) fn pack_pages(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
     if keys.is_empty() {
         return Vec::new();
     }
     let keys = normalised(keys);
-    let pages = Packer::new(&keys, dim).run();
-    reassign(&keys, dim, &pages)
+    let pages = Packer::new(&keys, dim, by).run();
+    reassign(&keys, dim, &pages, by)
 }
 
 /// Packs `n` keys `[n, dim]`; every page but the last has 16 members, ascending. Pages come in the order of their seeds.
 pub(crate) fn pack(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
+    pack_by(keys, dim, Packing::Product)
+}
+
+/// The same; by distance, keys are gathered by `x . y - y . y / 2` instead of `x . y`.
+pub(crate) fn pack_by(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
     if keys.is_empty() {
         return Vec::new();
     }
-    Packer::new(&normalised(keys), dim).run()
+    Packer::new(&normalised(keys), dim, by).run()
+}
+
+/// What is subtracted from inner products with each key: half its square where distance counts, else nothing.
+pub(crate) fn halves(keys: &[f32], dim: usize, by: Packing) -> Vec<f32> {
+    match by {
+        Packing::Product => Vec::new(),
+        Packing::Distance => keys.chunks_exact(dim).map(|row| 0.5 * one_dot(row, row)).collect(),
+    }
 }
 
 /// Keys times a power of two, so that norms and sums neither overflow nor vanish; unchanged for ordinary keys.
@@ -71,6 +84,8 @@ fn products(rows: &[f32], dim: usize, queries: &[f32], stride: usize, out: &mut 
 struct Packer<'a> {
     dim: usize,
     keys: &'a [f32],
+    /// See [`halves`].
+    halves: Vec<f32>,
     taken: Vec<bool>,
     /// Untaken tokens, and some taken ones not yet swept out.
     live: Vec<u16>,
@@ -83,11 +98,12 @@ struct Packer<'a> {
 }
 
 impl<'a> Packer<'a> {
-    fn new(keys: &'a [f32], dim: usize) -> Self {
+    fn new(keys: &'a [f32], dim: usize, by: Packing) -> Self {
         let n = keys.len() / dim;
         Self {
             dim,
             rows: keys.to_vec(),
+            halves: halves(keys, dim, by),
             keys,
             taken: vec![false; n],
             live: (0..n as u16).collect(),
@@ -114,6 +130,13 @@ impl<'a> Packer<'a> {
                 queries.extend_from_slice(&self.keys[seed as usize * self.dim..][..self.dim]);
             }
             products(&self.rows, self.dim, &queries, self.live.len(), &mut self.products);
+            if !self.halves.is_empty() {
+                for products in self.products.chunks_exact_mut(self.live.len()).take(seeds.len()) {
+                    for (product, &i) in products.iter_mut().zip(&self.live) {
+                        *product -= self.halves[i as usize];
+                    }
+                }
+            }
             for (s, &seed) in seeds.iter().enumerate() {
                 if !self.taken[seed as usize] {
                     pages.push(self.page(s, seed));
@@ -193,6 +216,12 @@ impl<'a> Packer<'a> {
                 }
             }
             products(&self.candidate_rows, dim, &mean, PACK_CANDIDATES, &mut scores);
+            if !self.halves.is_empty() {
+                // `mean` is the sum of the page.
+                for (score, &i) in scores.iter_mut().zip(candidates) {
+                    *score -= page.len() as f32 * self.halves[i as usize];
+                }
+            }
             self.ranks.clear();
             self.ranks.extend(candidates.iter().zip(scores).map(|(&i, score)| rank_key(score, u32::from(i))));
             best(&mut self.ranks, PAGE_TOKENS - 1);
@@ -210,10 +239,13 @@ fn best(ranks: &mut Vec<u64>, n: usize) {
 
 /// The specification: one seed at a time over all untaken keys.
 #[cfg(test)]
-fn naive(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
+fn naive(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
+    let halves = halves(keys, dim, by);
     let row = |i: u16| &keys[i as usize * dim..][..dim];
-    let rank = |query: &[f32], among: Vec<u16>, n: usize| -> Vec<u16> {
-        let mut keys: Vec<u64> = among.iter().map(|&i| rank_key(one_dot(row(i), query), u32::from(i))).collect();
+    let rank = |query: &[f32], weight: f32, among: Vec<u16>, n: usize| -> Vec<u16> {
+        let half = |i: u16| halves.get(i as usize).map_or(0.0, |half| weight * half);
+        let mut keys: Vec<u64> =
+            among.iter().map(|&i| rank_key(one_dot(row(i), query) - half(i), u32::from(i))).collect();
         keys.sort_unstable_by(|a, b| b.cmp(a));
         keys.truncate(n);
         keys.into_iter().map(|key| rank_index(key) as u16).collect()
@@ -225,7 +257,7 @@ fn naive(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
             continue;
         }
         let others = (0..taken.len() as u16).filter(|&i| i != seed && !taken[i as usize]).collect();
-        let candidates = rank(row(seed), others, PACK_CANDIDATES - 1);
+        let candidates = rank(row(seed), 1.0, others, PACK_CANDIDATES - 1);
         let mut page: Vec<u16> =
             std::iter::once(seed).chain(candidates.iter().copied().take(PAGE_TOKENS - 1)).collect();
         for _ in 0..PACK_ROUNDS {
@@ -235,8 +267,9 @@ fn naive(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
                     *m += x;
                 }
             }
+            let weight = page.len() as f32;
             page.truncate(1);
-            page.extend(rank(&mean, candidates.clone(), PAGE_TOKENS - 1));
+            page.extend(rank(&mean, weight, candidates.clone(), PAGE_TOKENS - 1));
         }
         page.sort_unstable();
         for &i in &page {
@@ -249,7 +282,8 @@ fn naive(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::{naive, normalised, pack};
+    use super::{naive, normalised, pack, pack_by};
+    use crate::layout::Packing;
 
     pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
@@ -264,14 +298,19 @@ pub(crate) mod tests {
     fn four_seeds_at_a_time_give_the_pages_of_the_sequential_greedy() {
         for (n, dim, seed) in [(1, 8, 1), (15, 8, 2), (16, 4, 3), (17, 5, 4), (33, 3, 5), (200, 16, 6), (1024, 24, 7)] {
             let mut keys = noise(n * dim, seed);
-            assert_eq!(pack(&keys, dim), naive(&keys, dim), "{n} keys of dim {dim}");
+            let agree = |keys: &[f32], what: &str| {
+                for by in [Packing::Product, Packing::Distance] {
+                    assert_eq!(pack_by(keys, dim, by), naive(keys, dim, by), "{n} {what} of dim {dim}, {by:?}");
+                }
+            };
+            agree(&keys, "keys");
             // Few distinct values: ties everywhere.
             for x in &mut keys {
                 *x = x.round();
             }
-            assert_eq!(pack(&keys, dim), naive(&keys, dim), "{n} rounded keys of dim {dim}");
+            agree(&keys, "rounded keys");
             keys.fill(0.0);
-            assert_eq!(pack(&keys, dim), naive(&keys, dim), "{n} zeros");
+            agree(&keys, "zeros");
         }
     }
 

@@ -6,9 +6,9 @@
 //! scores): mass .652 -> .655 llama-like, .613 -> .621 qwen-like; a second round adds .001, exchanging pairs loses .02.
 #![forbid(unsafe_code)]
 
-use crate::layout::Dtype;
+use crate::layout::{Dtype, Packing};
 use crate::math::{rank_index, rank_key};
-use crate::pack::seed_order;
+use crate::pack::{halves, seed_order};
 use crate::search::top_keys;
 use crate::segment::mean_of;
 use crate::simd::{Dots, kernels};
@@ -19,9 +19,9 @@ const CHOICES: usize = 8;
 const BATCH: usize = 16;
 
 /// Reassigns all keys `[n, dim]` to pages of the sizes of `pages`; members come ascending.
-pub(crate) fn reassign(keys: &[f32], dim: usize, pages: &[Vec<u16>]) -> Vec<Vec<u16>> {
+pub(crate) fn reassign(keys: &[f32], dim: usize, pages: &[Vec<u16>], by: Packing) -> Vec<Vec<u16>> {
     let (n, n_pages) = (keys.len() / dim, pages.len());
-    let scores = scores(keys, dim, pages);
+    let scores = scores(keys, dim, pages, by);
     let mut assignment = Assignment::new(n, pages);
     let mut wishes = wishes(&scores, n_pages);
     wishes.sort_unstable_by(|a, b| b.cmp(a));
@@ -42,14 +42,20 @@ pub(crate) fn reassign(keys: &[f32], dim: usize, pages: &[Vec<u16>]) -> Vec<Vec<
     assignment.pages(n_pages)
 }
 
-/// Inner products of all keys with all page means, `[n, pages]`.
-fn scores(keys: &[f32], dim: usize, pages: &[Vec<u16>]) -> Vec<f32> {
+/// Inner products of all keys with all page means, `[n, pages]`; by distance less half the squares of the means.
+fn scores(keys: &[f32], dim: usize, pages: &[Vec<u16>], by: Packing) -> Vec<f32> {
     let mean = |page: &Vec<u16>| mean_of(page.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
     let means: Vec<f32> = pages.iter().flat_map(mean).collect();
     let mut scores = vec![0.0; keys.len() / dim * pages.len()];
     for (queries, out) in keys.chunks(BATCH * dim).zip(scores.chunks_mut(BATCH * pages.len())) {
         let input = Dots { dtype: Dtype::F32, rows: bytemuck::cast_slice(&means), dim, queries };
         (kernels().dots)(input, pages.len(), out);
+    }
+    let halves = halves(&means, dim, by);
+    if !halves.is_empty() {
+        for row in scores.chunks_exact_mut(pages.len()) {
+            row.iter_mut().zip(&halves).for_each(|(score, half)| *score -= half);
+        }
     }
     scores
 }
@@ -99,8 +105,9 @@ impl Assignment {
 #[cfg(test)]
 mod tests {
     use super::{CHOICES, reassign};
-    use crate::layout::Dtype;
+    use crate::layout::{Dtype, Packing};
     use crate::math::{dot_f64, rank_key};
+    use crate::pack::halves;
     use crate::pack::tests::noise;
 
     fn in_runs(n: usize) -> Vec<Vec<u16>> {
@@ -108,14 +115,16 @@ mod tests {
     }
 
     /// The rule once more, with all pairs in one sorted list.
-    fn naive(keys: &[f32], dim: usize, pages: &[Vec<u16>]) -> Vec<Vec<u16>> {
+    fn naive(keys: &[f32], dim: usize, pages: &[Vec<u16>], by: Packing) -> Vec<Vec<u16>> {
         let row = |i: usize| &keys[i * dim..][..dim];
         let n = keys.len() / dim;
         let mean = |page: &Vec<u16>| -> Vec<f32> {
             (0..dim).map(|d| page.iter().map(|&i| row(i as usize)[d]).sum::<f32>() / page.len() as f32).collect()
         };
         let means: Vec<Vec<f32>> = pages.iter().map(mean).collect();
-        let score = |i: usize, p: usize| dot_f64(Dtype::F32, bytemuck::cast_slice(row(i)), &means[p]);
+        let halves = halves(&means.concat(), dim, by);
+        let half = |p: usize| halves.get(p).map_or(0.0, |half| f64::from(*half));
+        let score = |i: usize, p: usize| dot_f64(Dtype::F32, bytemuck::cast_slice(row(i)), &means[p]) - half(p);
         let mut pairs = Vec::new();
         for i in 0..n {
             let mut own: Vec<(f64, usize, usize)> = (0..pages.len()).map(|p| (score(i, p), i, p)).collect();
@@ -149,14 +158,17 @@ mod tests {
     fn it_follows_its_rule() {
         for (n, dim, seed) in [(16, 4, 1), (40, 8, 2), (333, 8, 3), (1024, 16, 4)] {
             let keys = noise(n * dim, seed);
-            assert_eq!(reassign(&keys, dim, &in_runs(n)), naive(&keys, dim, &in_runs(n)), "{n} keys of dim {dim}");
+            for by in [Packing::Product, Packing::Distance] {
+                let pages = in_runs(n);
+                assert_eq!(reassign(&keys, dim, &pages, by), naive(&keys, dim, &pages, by), "{n} keys of dim {dim}");
+            }
         }
     }
 
     #[test]
     fn sizes_stay_and_every_key_keeps_one_page() {
         for keys in [vec![0.0; 333 * 4], vec![1.0; 333 * 4], noise(333 * 4, 5)] {
-            let pages = reassign(&keys, 4, &in_runs(333));
+            let pages = reassign(&keys, 4, &in_runs(333), Packing::Product);
             assert!(pages[..20].iter().all(|page| page.len() == 16));
             let mut all: Vec<u16> = pages.concat();
             all.sort_unstable();

@@ -8,8 +8,8 @@
 use crate::arena::Lease;
 use crate::config::{GROUP_PAGES, PAGE_TOKENS};
 use crate::groups::GroupSummary;
-use crate::layout::PageLayout;
-use crate::pack::{pack, pack_pages};
+use crate::layout::{Packing, PageLayout};
+use crate::pack::{pack_by, pack_pages};
 use crate::page::{Row, SealedPages};
 use crate::rows::decode;
 use crate::simd::BLOCK;
@@ -41,7 +41,7 @@ impl Segment {
         for (row, key) in rows.iter().zip(keys.chunks_exact_mut(dim)) {
             decode(layout.dtype, row.row.key, key);
         }
-        let packing = group_pages(pack_pages(&keys, dim), &keys, dim);
+        let packing = group_pages(pack_pages(&keys, dim, layout.packing), &keys, dim, layout.packing);
         let groups = GroupSummary::of_segment(&keys, dim, &packing);
         let summaries = Summaries::build(&keys, dim, &packing);
         let locals = packing.iter().flatten().map(|&i| rows[i as usize].local).collect();
@@ -130,7 +130,7 @@ fn summarise(pages: &SealedPages, n_tokens: usize) -> (Summaries, Vec<GroupSumma
 }
 
 /// Orders full pages so that similar ones share a block of 16: the same packing, of their means. A short page stays last.
-fn group_pages(mut packing: Vec<Vec<u16>>, keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
+fn group_pages(mut packing: Vec<Vec<u16>>, keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
     if packing.len() <= GROUP_PAGES {
         return packing;
     }
@@ -138,7 +138,7 @@ fn group_pages(mut packing: Vec<Vec<u16>>, keys: &[f32], dim: usize) -> Vec<Vec<
     let short = packing.split_off(n_full);
     let mean = |page: &Vec<u16>| mean_of(page.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
     let means: Vec<f32> = packing.iter().flat_map(mean).collect();
-    let order = pack(&means, dim);
+    let order = pack_by(&means, dim, by);
     order.into_iter().flatten().map(|page| std::mem::take(&mut packing[page as usize])).chain(short).collect()
 }
 

@@ -11,6 +11,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod code4;
+pub(crate) mod gather;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod int8;
 #[cfg(target_arch = "aarch64")]

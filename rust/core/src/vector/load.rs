@@ -11,6 +11,7 @@ use std::sync::Arc;
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
+use super::codes;
 use super::container::Sections;
 use super::content::{Content, SegmentContent, read};
 use super::error::{Result, VectorError};
@@ -45,8 +46,10 @@ impl VectorIndex {
             entry(Segment::of_pages(sealed, segment.locals.clone()), segment)
         };
         let entries = pool.install(|| content.segments.par_iter().zip(leases).map(restore).collect());
-        let (state, forest) = finish(pool, content, entries, forest.store())?;
-        Ok(Self::from_parts(state.0, Some(forest), state.1))
+        let ((config, mut state), forest) = finish(pool, content, entries, forest.store())?;
+        // A mapped index has none: they are made from all rows, and it should not read them.
+        state.codes = pool.install(|| codes::renew(None, &state.view, config.metric));
+        Ok(Self::from_parts(config, Some(forest), state))
     }
 
     /// Maps a file: a read-only index that needs little memory and is there at once. With `verify`, all of the file is

@@ -94,9 +94,7 @@ impl Metric {
     pub(super) fn distance(self, prepared: &Prepared, row: &[f32]) -> f32 {
         let distance = match self {
             Self::InnerProduct => -(dot(&prepared.query, row) + prepared.shift),
-            Self::SquaredL2 => {
-                prepared.query.iter().zip(row).map(|(&a, &b)| (f64::from(a) - f64::from(b)).powi(2)).sum::<f64>()
-            }
+            Self::SquaredL2 => square_distance(&prepared.query, row),
             Self::Cosine if prepared.square == 0.0 => 1.0,
             Self::Cosine => 1.0 - (dot(&prepared.query, row) + prepared.shift),
         };
@@ -116,6 +114,20 @@ pub(super) fn dot(left: &[f32], right: &[f32]) -> f64 {
     }
     let rest: f64 = left_rest.iter().zip(right_rest).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
     sums.iter().sum::<f64>() + rest
+}
+
+/// Squared distance in f64, summed as [`dot`] does.
+fn square_distance(left: &[f32], right: &[f32]) -> f64 {
+    let square = |a: f32, b: f32| (f64::from(a) - f64::from(b)) * (f64::from(a) - f64::from(b));
+    let mut sums = [0.0f64; 8];
+    let (left_blocks, left_rest) = left.as_chunks::<8>();
+    let (right_blocks, right_rest) = right.as_chunks::<8>();
+    for (a, b) in left_blocks.iter().zip(right_blocks) {
+        for lane in 0..8 {
+            sums[lane] += square(a[lane], b[lane]);
+        }
+    }
+    sums.iter().sum::<f64>() + left_rest.iter().zip(right_rest).map(|(&a, &b)| square(a, b)).sum::<f64>()
 }
 
 pub(super) fn norm(row: &[f32]) -> f64 {

@@ -6,16 +6,23 @@
 //! * **ids**: a token position of the tree is an internal row number; ids live beside the segments, row numbers of
 //!   removed vectors are marked dead and reclaimed when a third of all rows are;
 //! * **metrics**: every metric is a score `larger = closer` on stored rows (`metric`), rows are stored centred;
-//! * **order**: a bulk addition is sorted by balanced bisection first, so that the 1024 rows of a segment are near each
-//!   other (`order`); a sequence of attention keys has that locality by itself, a table of vectors has not;
-//! * **effort**: a search visits pages until the rows it has not seen are expected to hold next to nothing (`search`);
+//! * **order**: a bulk addition is sorted by balanced bisection first, then rows move to the nearest region (`refine`), so
+//!   that the 1024 rows of a segment are near each other (`order`); a sequence of attention keys has that locality by itself, a table of vectors has not;
+//! * **codes**: from 4096 rows of dim 32 on, rows are scored by 4-bit codes first (`axes`, `book`, `codes`), pages ranked by
+//!   what they promise (`promise`), and only the best rows read (`coded`); one codebook per index, never stored in files;
+//! * **effort**: below that, a search visits pages until the rows it has not seen are expected to hold next to nothing
+//!   (`search`);
 //! * **files**: pages, ids and summaries, checksummed (`container`, `save`, `content`, `load`); copied or mapped.
 //!
 //! Readers load one [`arc_swap::ArcSwap`] snapshot and never wait; writers hold one mutex per index, prepare a new state on
 //! a forest that readers do not look at, and publish it with one swap.
 
+mod axes;
 mod batch;
 mod best;
+mod book;
+mod coded;
+mod codes;
 mod container;
 mod content;
 mod error;
@@ -28,8 +35,10 @@ mod metric;
 mod order;
 mod pages;
 mod progress;
+mod promise;
 mod range;
 mod read;
+mod refine;
 mod save;
 mod search;
 mod state;

@@ -109,6 +109,7 @@ impl VectorIndex {
             index_bytes: state.view.heap_bytes()
                 + state.block_bytes()
                 + state.ids.heap_bytes()
+                + state.codes.as_ref().map_or(0, |codes| codes.heap_bytes())
                 + 4 * self.config.dim
                 + size_of::<State>(),
             compactions: state.compactions,

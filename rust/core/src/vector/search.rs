@@ -16,6 +16,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::best::{Best, Candidate};
+use super::coded::{CodedSearch, Reach, Scratch, Task};
 use super::error::{Result, VectorError};
 use super::filter::{Filter, Masks};
 use super::metric::{Metric, Prepared};
@@ -94,16 +95,14 @@ pub(super) fn search_batch(
     mut found: Neighbours,
 ) -> Neighbours {
     let masks = effort.filter.map(|filter| filter.compile(state));
-    let one = |query: &[f32]| {
-        let mut search = Search::new(state, metric, query, k, masks.as_deref());
-        search.run(effort);
-        search.finish()
-    };
+    let one =
+        |scratch: &mut Scratch, query: &[f32]| search_one(state, metric, query, k, effort, masks.as_deref(), scratch);
     let dim = state.dim();
     let rows: Vec<(Vec<(f32, i64)>, u64)> = if parallel {
-        queries.par_chunks_exact(dim).map(one).collect()
+        queries.par_chunks_exact(dim).map_init(Scratch::default, one).collect()
     } else {
-        queries.chunks_exact(dim).map(one).collect()
+        let mut scratch = Scratch::default();
+        queries.chunks_exact(dim).map(|query| one(&mut scratch, query)).collect()
     };
     for (row, (nearest, visited)) in rows.into_iter().enumerate() {
         found.visited_pages += visited;
@@ -113,6 +112,34 @@ pub(super) fn search_batch(
         }
     }
     found
+}
+
+fn search_one(
+    state: &State,
+    metric: Metric,
+    query: &[f32],
+    k: usize,
+    effort: Effort<'_>,
+    masks: Option<&Masks>,
+    scratch: &mut Scratch,
+) -> (Vec<(f32, i64)>, u64) {
+    let all = effort.exact || effort.beam.is_some_and(|beam| beam >= state.n_segments() * SEGMENT_PAGES);
+    let k = k.min(masks.map_or(state.n_live, |masks| masks.n_live));
+    match &state.codes {
+        Some(codes) if !all && k > 0 => {
+            let prepared = metric.prepare(query, &state.mean);
+            let reach = Reach::of(metric, effort.beam);
+            let mut nearest = Vec::with_capacity(k + SPARE);
+            let task = Task { state, codes, masks, metric, prepared: &prepared, k, reach };
+            let visited = CodedSearch::new(task, scratch).run(&mut nearest);
+            (nearest, visited)
+        }
+        _ => {
+            let mut search = Search::new(state, metric, query, k, masks);
+            search.run(effort);
+            search.finish()
+        }
+    }
 }
 
 /// A sealed page that was not visited yet.
@@ -316,8 +343,8 @@ impl<'a> Search<'a> {
 /// A query in 16-bit levels, for the integer scan of the page means.
 pub(super) struct QuantisedQuery {
     /// `[2 * pairs]`, zero padded.
-    levels: Vec<i16>,
-    scale: f32,
+    pub(super) levels: Vec<i16>,
+    pub(super) scale: f32,
 }
 
 impl QuantisedQuery {

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use super::codes::Codes;
 use super::ids::IdTable;
 use crate::arena::PageStore;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
@@ -36,6 +37,8 @@ pub(super) struct State {
     pub(super) store: Arc<PageStore>,
     pub(super) view: View,
     pub(super) blocks: Vec<Arc<Block>>,
+    /// Codes of the sealed segments of `view`; `None` where they do not pay.
+    pub(super) codes: Option<Arc<Codes>>,
     pub(super) n_live: usize,
     /// Positions by id; may know later rows too.
     pub(super) ids: Arc<IdTable>,

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use rayon::ThreadPool;
 
 use super::batch::{Batch, to_stored};
+use super::codes;
 use super::error::{Result, VectorError};
 use super::ids::IdTable;
 use super::index::{OnConflict, VectorConfig, VectorIndex};
@@ -233,6 +234,7 @@ pub(super) fn append_ordered(
         progress.step(done)?;
     }
     state.view = forest.heads()[0].view();
+    state.codes = pool.install(|| codes::renew(state.codes.as_ref(), &state.view, config.metric));
     state.n_live += order.len();
     Ok(())
 }
