@@ -285,11 +285,12 @@ impl ExactScores {
         self.scores.resize(n, 0.0);
         let group = max.len();
         let (columns, capacity) = (&self.columns, self.capacity);
-        let masses = self.masses.chunks_exact_mut(capacity.max(1)).take(group);
-        let rows = estimates.chunks_exact_mut(stride.max(1)).zip(masses).zip(self.sums.chunks_exact(capacity.max(1)));
-        let one = |row: &mut ((&mut [f32], &mut [f32]), &[f32])| {
-            let ((estimates, masses), sums) = row;
-            total_of_head(estimates, &mut masses[..n], &sums[..n], columns)
+        let masses = rows_mut(&mut self.masses, capacity, group);
+        let sums = &self.sums;
+        let rows = rows_mut(estimates, stride, group).zip(masses).enumerate();
+        let one = |row: &mut (usize, (&mut [f32], &mut [f32]))| {
+            let (g, (estimates, masses)) = row;
+            total_of_head(estimates, &mut masses[..n], &sums[*g * capacity..][..n], columns)
         };
         self.totals.clear();
         if let Some(share) = share {
@@ -320,6 +321,16 @@ impl ExactScores {
             out.lse[2 * g + 1] = log_sum(*max, chosen);
         }
     }
+}
+
+/// The first `n` rows of `width` elements. Unlike `chunks_exact_mut` it gives `n` empty rows for a width of 0, as where
+/// a tree has no sealed page to estimate.
+fn rows_mut<T>(mut data: &mut [T], width: usize, n: usize) -> impl Iterator<Item = &mut [T]> {
+    (0..n).map(move |_| {
+        let (row, rest) = std::mem::take(&mut data).split_at_mut(width);
+        data = rest;
+        row
+    })
 }
 
 /// Turns the exact log-sum-exps of one head's scored pages into masses; returns the largest logit and the whole mass,
