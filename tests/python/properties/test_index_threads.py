@@ -25,7 +25,8 @@ def rows(ids: np.ndarray) -> np.ndarray:
 def test_nothing_returned_is_lost_and_nothing_removed_comes_back(metric):
     """Two writers with ids of their own and three readers; every reader checks what had returned before it asked."""
     index = Index(DIM, metric, threads=2)
-    added, removed, problems, stop = [set(), set()], [set(), set()], [], threading.Event()
+    added, leaving, removed = [set(), set()], [set(), set()], [set(), set()]
+    problems, stop = [], threading.Event()
 
     def write(me: int) -> None:
         rng = np.random.default_rng(me)
@@ -35,6 +36,7 @@ def test_nothing_returned_is_lost_and_nothing_removed_comes_back(metric):
             added[me].update(ids.tolist())
             alive = sorted(added[me] - removed[me])
             gone = rng.choice(alive, len(alive) // 8, replace=False)
+            leaving[me].update(gone.tolist())
             index.remove(gone)
             removed[me].update(gone.tolist())
             if step % 30 == 29:
@@ -51,10 +53,8 @@ def test_nothing_returned_is_lost_and_nothing_removed_comes_back(metric):
             found = index.search(rows(np.array(sample)), 3, exact=bool(rng.integers(2)))
             back = set(found.ids.ravel().tolist()) & gone
             held = index.contains(sample)
-            lost = [i for i, held in zip(sample, held, strict=True) if not held and i not in removed[me]]
-            # What was removed meanwhile may be missing, nothing else; a set that grows while it is read is old news.
-            time.sleep(0.001)
-            lost = [i for i in lost if i not in removed[me]]
+            # What is being removed meanwhile may be missing, nothing else.
+            lost = [i for i, held in zip(sample, held, strict=True) if not held and i not in leaving[me]]
             if back or lost:
                 problems.append((back, lost))
                 return

@@ -22,8 +22,9 @@ def token(name: int) -> np.ndarray:
 
 def names(tree: _core.Forest) -> np.ndarray:
     """Names by position, `[N]`."""
-    keys = np.zeros((HEADS, len(tree), DIM * 4), np.uint8)
-    tree.read(0, len(tree), keys, keys.copy())
+    n = len(tree)  # other threads may be inserting
+    keys = np.zeros((HEADS, n, DIM * 4), np.uint8)
+    tree.read(0, n, keys, keys.copy())
     found = keys.view(np.float32)
     assert (found == found[:1, :, :1]).all(), "a token differs between heads"
     return found[0, :, 0]

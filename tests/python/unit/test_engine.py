@@ -152,9 +152,9 @@ def test_a_panic_of_a_worker_is_an_error_and_the_next_step_works():
 
 
 def test_a_stalled_worker_is_an_overrun_then_an_error_until_it_is_back():
-    setup = Setup(patience_ms=1)
+    setup = Setup(patience_ms=200)
     setup.step(0)
-    setup.mailbox._fault((1, 2), stall_ms=300)
+    setup.mailbox._fault((1, 2), stall_ms=1500)
     setup.device.wait_s = 0.05
     setup.device.launch(setup.mailbox.begin_step(), setup.queries(1)[:2])
     setup.device.synchronize()
