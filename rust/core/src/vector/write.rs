@@ -221,6 +221,7 @@ pub(super) fn append_ordered(
     if first + order.len() >= u32::MAX as usize {
         return Err(VectorError::argument("vectors", "fewer than 2^32 - 1 rows", &(first + order.len())));
     }
+    let before = Arc::clone(&state.view.snapshot().segments);
     let mut done = 0;
     while done < order.len() {
         // Pieces end where segments end, so that the tree is the same for any cut.
@@ -234,7 +235,9 @@ pub(super) fn append_ordered(
         progress.step(done)?;
     }
     state.view = forest.heads()[0].view();
-    state.codes = pool.install(|| codes::renew(state.codes.as_ref(), &state.view, config.metric));
+    if !Arc::ptr_eq(&before, &state.view.snapshot().segments) {
+        state.codes = pool.install(|| codes::renew(state.codes.as_ref(), &state.view, config.metric));
+    }
     state.n_live += order.len();
     Ok(())
 }
