@@ -147,12 +147,12 @@ impl PageStore {
     /// # Errors
     /// If the allocator has no more memory; slabs it gave before stay.
     pub fn reserve_bytes(&self, bytes: usize) -> Result<()> {
+        // Relaxed: a statistic; leases that come later take from what is reserved here.
+        let used = self.used_pages.load(Ordering::Relaxed);
+        let wanted = bytes.div_ceil(self.page_bytes).min(self.limit_pages - used);
         loop {
-            // Relaxed: a statistic; a lease that comes in between makes this reserve one slab more or less.
-            let used = self.used_pages.load(Ordering::Relaxed);
             let n_slabs = self.n_slabs.load(acquire(Site::Pointer));
-            let wanted = bytes.div_ceil(self.page_bytes).min(self.limit_pages - used);
-            if (n_slabs << self.slab_shift).saturating_sub(used) >= wanted {
+            if n_slabs << self.slab_shift >= used + wanted {
                 return Ok(());
             }
             self.add_slab(n_slabs)?;
