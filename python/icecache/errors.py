@@ -27,6 +27,10 @@ class IndexFormatError(IceCacheError, ValueError):
     """Bytes or a file that are no index of this version: cut short, corrupted or foreign."""
 
 
+class DataError(IceCacheError, ValueError):
+    """Evaluation data or results that are missing, in another format than expected, or from another run."""
+
+
 class EngineError(IceCacheError, RuntimeError):
     """A decode step failed in the search workers: a panic, an overrun. The next step may work."""
 
