@@ -8,33 +8,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from icecache.arguments import count_list, task_list, token_count
+from icecache.eval.commands import add_eval_parser, run_command
+
 # 128 + SIGINT, as shells report it.
 INTERRUPTED = 130
-
-
-def token_count(text: str) -> int:
-    """Read "16384" or "16k".
-
-    Raises
-    ------
-    argparse.ArgumentTypeError
-        If it is neither.
-    """
-    digits, unit = (text[:-1], 1024) if text[-1:] in {"k", "K"} else (text, 1)
-    if not digits.isascii() or not digits.isdigit():
-        msg = f"must be a number of tokens such as 16384 or 16k, got {text!r}"
-        raise argparse.ArgumentTypeError(msg)
-    return int(digits) * unit
-
-
-def task_list(text: str) -> tuple[str, ...]:
-    """Read names separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def count_list(text: str) -> tuple[int, ...]:
-    """Read numbers of tokens separated by commas."""
-    return tuple(token_count(part.strip()) for part in text.split(","))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -74,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", help="cuda (default) or cpu")
     bench.add_argument("--seed", type=int, help="of weights and caches (default 0)")
     bench.add_argument("--out", type=Path, metavar="DIR", help="for cells, table and figure (default ./bench-out)")
+    add_eval_parser(commands)
     commands.add_parser("doctor", help="explain this machine: what IceCache finds and what it would use")
     return parser
 
@@ -129,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(arguments)
     try:
-        return {"demo": demo, "bench": bench, "doctor": doctor}[args.command](args)
+        return {"demo": demo, "bench": bench, "eval": run_command, "doctor": doctor}[args.command](args)
     except ConfigError as error:
         parser.error(str(error))
     except (IceCacheError, OSError) as error:

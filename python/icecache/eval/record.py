@@ -42,8 +42,10 @@ class ArmStats:
         Seconds per token after it, of the whole batch.
     dense_layers : tuple of int
         Layers that attended to everything.
-    generated_kept : int or None
-        Generated tokens attended on top of the budget, at the end; None: they compete within the budget.
+    generated_kept : str
+        What becomes of generated tokens: "all" are attended on top of the budget, or they compete within it.
+    parameters : mapping of str to float
+        What a policy chose by itself, where it did.
     rows : int
         Samples of the batch.
     """
@@ -56,7 +58,8 @@ class ArmStats:
     ttft_s: float
     tpot_s: float
     dense_layers: tuple[int, ...] = ()
-    generated_kept: int | None = None
+    generated_kept: str = ""
+    parameters: Mapping[str, float] = field(default_factory=dict)
     rows: int = 1
 
 

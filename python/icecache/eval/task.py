@@ -59,6 +59,18 @@ class Sample:
         What tables group by: "length" and "depth" (0..1) have a meaning to the report, all else is only kept.
     turns : tuple of Turn, default=()
         What follows the first answer.
+    answer_prefix : str, default=""
+        Beginning of the answer, given: behind the chat template's generation prompt, or behind the question. Belongs to
+        the question; not part of the prediction.
+    min_new_tokens : int, default=0
+        Neither a stop string nor the end of the sequence before so many tokens.
+    shots : tuple of (str, str), default=()
+        Earlier messages of user and assistant, part of the context. Without a chat template they are written one after
+        the other, each pair as user, assistant and an empty line.
+    system : str, default=""
+        System message, where the chat template is applied.
+    double_bos : bool, default=False
+        Tokenise a rendered chat template with one more `<bos>` in front, as the paper's authors did for LongBench.
     """
 
     task: str
@@ -71,6 +83,11 @@ class Sample:
     chat: bool = True
     meta: Mapping[str, str | int | float] = field(default_factory=lambda: NO_META)
     turns: tuple[Turn, ...] = ()
+    answer_prefix: str = ""
+    min_new_tokens: int = 0
+    shots: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    double_bos: bool = False
 
 
 class DataDir:

@@ -18,13 +18,14 @@ BASE = {"errors", "config", "_core"}
 ALLOWED = {
     "errors": set(),
     "config": {"errors"},
+    "arguments": set(),
     **{layer: BASE | {"stats", *FLOW[:i]} for i, layer in enumerate(FLOW)},
     "stats": {"errors"},
     "bench": BASE | {"kernels", "stats", *FLOW},
-    "eval": BASE | {"bench", "stats", *FLOW},
+    "eval": BASE | {"arguments", "bench", "stats", *FLOW},
     "demo": BASE | {"eval", "bench", "stats", *FLOW},
     "doctor": BASE | {"eval", "index", "kernels", "transfer"},
-    "cli": BASE | {"bench", "demo", "doctor", "eval"},
+    "cli": BASE | {"arguments", "bench", "demo", "doctor", "eval"},
     "__init__": BASE | {"index", "runtime", "stats"},
 }
 ALLOWED["attention"] = ALLOWED["attention"] | {"kernels"}

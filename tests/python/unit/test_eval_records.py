@@ -27,7 +27,7 @@ RECORD = Record(
     score=1.0,
     budget=64,
     seed=0,
-    stats=ArmStats(70.5, 80.0, 3, 4096, None, 0.5, 0.01, (0, 1), 5, 16),
+    stats=ArmStats(70.5, 80.0, 3, 4096, None, 0.5, 0.01, (0, 1), "all", {"tables": 150.0}, 16),
     grades={"flexible": 0.0},
     meta={"length": 512, "depth": 0.25},
 )

@@ -1,0 +1,121 @@
+"""`icecache eval ...`: arguments only; what does the work is imported when it runs, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icecache.arguments import count_list, task_list
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_eval_parser(commands: Commands) -> None:
+    """Add `eval` and its subcommands."""
+    evaluate = commands.add_parser(
+        "eval",
+        help="answers of a model under a budget, beside full attention and other policies",
+        description="Run benchmarks with several cache policies on the same prompts, and compare them pair by pair.",
+        allow_abbrev=False,
+    )
+    parts = evaluate.add_subparsers(dest="part", required=True, metavar="PART")
+    _add_run(parts)
+    _add_report(parts)
+
+
+def _add_run(parts: Commands) -> None:
+    run = parts.add_parser(
+        "run",
+        help="run policies on suites of tasks",
+        description="Every policy at every budget answers the same prompts; controls that can fail run along. Each "
+        "batch is saved as it ends: --resume goes on where a run stopped, also with more tasks or policies.",
+        allow_abbrev=False,
+    )
+    run.add_argument("--out", type=Path, required=True, metavar="DIR", help="for samples.jsonl and manifest.json")
+    run.add_argument("--model", metavar="M", help="needle-3m (default, shipped), a folder, or a hub id")
+    run.add_argument("--suite", type=task_list, metavar="A,B,...", help="default needle")
+    run.add_argument("--tasks", type=task_list, metavar="A,B,...", help="of these suites (default: each suite's own)")
+    run.add_argument(
+        "--lengths", type=count_list, metavar="N,N,...", help="tokens of prompt and answer, such as 8k,32k"
+    )
+    run.add_argument("--policies", type=task_list, metavar="A,B,...", help="default icecache")
+    run.add_argument("--budgets", type=count_list, metavar="N,N,...", help="tokens attended (default 64,256)")
+    run.add_argument("--controls", type=task_list, metavar="A,B,...", help="default all; none: policies only")
+    run.add_argument(
+        "--setup", type=task_list, metavar="A,B", help="A: question in the dense prefill; B: sparse (default)"
+    )
+    run.add_argument("--limit", type=int, metavar="N", help="samples a task and length (default: each suite's own)")
+    run.add_argument("--data-dir", type=Path, metavar="DIR", help="official data files (default: the hub)")
+    run.add_argument("--resume", action="store_true", default=None, help="go on with the records in --out")
+    run.add_argument("--device", help="cpu (default), cuda, ...")
+    run.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float32 on a CPU, else bfloat16)")
+    run.add_argument("--batch", type=int, metavar="N", help="samples of one shape run together (default 1)")
+    run.add_argument("--seed", type=int, help="of samples and policies (default 0)")
+    run.add_argument(
+        "--dense-layers", choices=["matched", "published"], help="the same in all arms (default), or each policy's"
+    )
+    run.add_argument(
+        "--set", dest="settings", action="append", metavar="KEY=VALUE", help="a setting of IceConfig; repeatable"
+    )
+
+
+def _add_report(parts: Commands) -> None:
+    report = parts.add_parser("report", help="tables of a run", allow_abbrev=False)
+    report.add_argument("folder", type=Path, metavar="DIR", help="of a run")
+    report.add_argument("--budget", type=int, metavar="N", help="of the headline table (default: the smallest)")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: report.md in the folder, and the terminal")
+    compare = parts.add_parser(
+        "compare",
+        help="two arms, or two runs, pair by pair",
+        description="One folder with --arms X,Y, or two folders: every arm they share, or --arms X,Y of the first and "
+        "the second.",
+        allow_abbrev=False,
+    )
+    compare.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="one or two")
+    compare.add_argument("--arms", type=task_list, metavar="X,Y", help="such as icecache@64,quest@256")
+    parts.add_parser(
+        "selftest",
+        help="the shipped model must answer under a budget, and must not without retrieval; 2 minutes at most",
+        allow_abbrev=False,
+    )
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run a subcommand of `icecache eval`."""
+    parts: dict[str, Callable[[argparse.Namespace], int]] = {
+        "run": _run,
+        "report": _report,
+        "compare": _compare,
+        "selftest": _selftest,
+    }
+    return parts[args.part](args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from icecache.eval.options import EvalOptions
+
+    given = {k: v for k, v in vars(args).items() if k in EvalOptions.__dataclass_fields__ and v is not None}
+    if "settings" in given:
+        given["settings"] = tuple(given["settings"])
+    if given.get("controls") == ("none",):
+        given["controls"] = ()
+    options = EvalOptions(**given)
+    from icecache.eval.run import run_eval
+
+    run_eval(options)
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _compare(args: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
+def _selftest(args: argparse.Namespace) -> int:
+    raise NotImplementedError

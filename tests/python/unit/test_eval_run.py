@@ -1,0 +1,167 @@
+"""A run writes what it should, goes on where it was killed, and refuses what could not end well before it starts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+
+import pytest
+import torch
+from icecache.errors import ConfigError, DataError
+from icecache.eval.folder import MANIFEST, SAMPLES, read_manifest, read_records
+from icecache.eval.needle import needle_path
+from icecache.eval.options import EvalOptions
+from icecache.eval.run import run_eval
+
+
+def _options(out, **changes):
+    given = {
+        "suite": ("needle",),
+        "tasks": ("kv32",),
+        "lengths": (512,),
+        "budgets": (64,),
+        "limit": 3,
+        "batch": 2,
+        **changes,
+    }
+    return EvalOptions(out=out, **given)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    lines = []
+    run_eval(_options(out, setup=("A", "B")), write=lines.append, command=["icecache", "eval", "run"])
+    return out, lines
+
+
+def _scores(folder):
+    scores = defaultdict(list)
+    for record in read_records(folder):
+        scores[record.arm, record.setup].append(record.score)
+    return scores
+
+
+def test_every_arm_answers_every_sample_in_both_setups(run):
+    scores = _scores(run[0])
+    arms = {"full", "exact", "random@64", "streaming@64", "no-context", "full-eager", "icecache@64"}
+    assert set(scores) == {(arm, setup) for arm in arms for setup in "AB"}
+    assert all(len(values) == 3 for values in scores.values())
+    for setup in "AB":
+        assert scores["full", setup] == scores["exact", setup] == scores["full-eager", setup] == [1.0] * 3
+        assert sum(scores["icecache@64", setup]) >= 2
+        assert sum(scores["random@64", setup] + scores["streaming@64", setup] + scores["no-context", setup]) <= 1
+
+
+def test_exact_gives_the_tokens_of_full_and_arms_are_charged_what_they_read(run):
+    by_arm = defaultdict(dict)
+    for record in read_records(run[0]):
+        by_arm[record.arm][record.id, record.setup] = record
+    for key, full in by_arm["full"].items():
+        assert by_arm["exact"][key].prediction == full.prediction
+        assert full.stats.attended > 450
+        assert 64 < by_arm["icecache@64"][key].stats.attended <= 64 + 16
+        assert by_arm["streaming@64"][key].stats.attended == 65
+        assert by_arm["no-context"][key].n_prompt < 40
+        assert by_arm["no-context"][key].prompt_sha256 == full.prompt_sha256
+
+
+def test_the_manifest_says_how_it_was_made(run):
+    manifest = read_manifest(run[0])
+    assert manifest.parts[0].command == "icecache eval run"
+    assert manifest.identity["model"] == "needle-3m"
+    assert len(str(manifest.identity["model_sha256"])) == 64
+    assert manifest.parts[0].versions["torch"].startswith(torch.__version__.partition("+")[0])
+    assert "synthetic" in manifest.labels["needle"]
+    assert manifest.metrics == {"kv32": "exact match"}
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(run, tmp_path):
+    whole = (run[0] / SAMPLES).read_bytes().splitlines(keepends=True)
+    shutil.copy(run[0] / MANIFEST, tmp_path)
+    # Killed inside a batch, and inside a line.
+    (tmp_path / SAMPLES).write_bytes(b"".join(whole[:23]) + whole[23][:100])
+    run_eval(_options(tmp_path, setup=("A", "B"), resume=True), write=lambda _: None)
+    resumed = {r.key: (r.prediction, r.score, r.prompt_sha256) for r in read_records(tmp_path)}
+    assert resumed == {r.key: (r.prediction, r.score, r.prompt_sha256) for r in read_records(run[0])}
+    lines = (tmp_path / SAMPLES).read_bytes().splitlines(keepends=True)
+    assert len(lines) == len(whole)
+    assert lines[:23] == whole[:23]
+    assert len(read_manifest(tmp_path).parts) == 2
+    # Nothing left: the model is not even loaded.
+    before = (tmp_path / SAMPLES).read_bytes()
+    run_eval(_options(tmp_path, setup=("A", "B"), resume=True), write=lambda _: None)
+    assert (tmp_path / SAMPLES).read_bytes() == before
+
+
+def test_records_made_otherwise_are_not_mixed(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "r")
+    with pytest.raises(ConfigError, match="--resume to go on"):
+        run_eval(_options(tmp_path / "r"))
+    with pytest.raises(ConfigError, match="seed was 0, now 1"):
+        run_eval(_options(tmp_path / "r", seed=1, resume=True), write=lambda _: None)
+    with pytest.raises(ConfigError, match="settings was"):
+        run_eval(_options(tmp_path / "r", settings=("window_tokens=16",), resume=True), write=lambda _: None)
+
+
+def test_a_full_disk_says_so_and_keeps_what_is_there(tmp_path):
+    (tmp_path / SAMPLES).symlink_to("/dev/full")
+    with pytest.raises(DataError, match=r"disk is full; 0 records are safe.*--resume"):
+        run_eval(_options(tmp_path, controls=("no-context",), policies=()), write=lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"suite": ("needle", "nothing")}, "--suite must name suites of needle"),
+        ({"tasks": ("kv33",)}, "--tasks must name tasks of passkey"),
+        ({"policies": ("icecahe",)}, "--policies must name policies of"),
+        ({"controls": ("dense",)}, "--controls must name controls of full"),
+        ({"budgets": ()}, "--budgets must name at least one"),
+        ({"budgets": (65,)}, "budget must be"),
+        ({"lengths": (65536,)}, "at most the model's 32768 positions"),
+        ({"setup": ("C",)}, "--setup must be one of A, B"),
+        ({"batch": 0}, "--batch must be an integer in 1"),
+        ({"settings": ("windw=1",)}, "--set must be KEY=VALUE"),
+        ({"settings": ("budget=64",)}, "use --budgets"),
+        ({"settings": ("window_tokens=x",)}, "must be an integer"),
+        ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
+    ],
+)
+def test_a_wrong_option_is_named_before_anything_runs(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run_eval(_options(tmp_path / "r", **changes), write=lambda _: None)
+    samples = tmp_path / "r" / SAMPLES
+    assert not samples.exists() or not samples.read_bytes()
+
+
+def test_a_model_that_is_not_there_or_cannot_read_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"--model .*no model there"):
+        run_eval(_options(tmp_path / "r", model=str(tmp_path / "none")), write=lambda _: None)
+    mute = tmp_path / "mute"
+    mute.mkdir()
+    shutil.copy(needle_path() / "config.json", mute)
+    with pytest.raises(DataError, match="no tokenizer"):
+        run_eval(_options(tmp_path / "r", model=str(mute)), write=lambda _: None)
+
+
+def test_a_context_longer_than_the_model_is_found_before_it_runs(tmp_path):
+    short = tmp_path / "short"
+    shutil.copytree(needle_path(), short)
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    # kv_rand and others come to their length exactly; one token more than the positions is refused.
+    run_eval(_options(tmp_path / "r", model=str(short), limit=1, controls=("full",), policies=()), write=lambda _: None)
+    with pytest.raises(ConfigError, match="512 positions"):
+        run_eval(_options(tmp_path / "s", model=str(short), lengths=(513,)), write=lambda _: None)
+
+
+def test_a_folder_that_cannot_be_written_and_data_that_is_not_there_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--out must be a folder"):
+        _options(tmp_path / "file")
+    with pytest.raises(DataError, match="cannot write"):
+        run_eval(_options(tmp_path / "file" / "below"), write=lambda _: None)
+    with pytest.raises(DataError, match="--data-dir must be a folder"):
+        run_eval(_options(tmp_path / "r", data_dir=tmp_path / "none"), write=lambda _: None)
