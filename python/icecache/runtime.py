@@ -10,17 +10,21 @@ import torch
 
 from icecache.config import IceConfig
 from icecache.errors import CacheStateError, ConfigError
-from icecache.hf import Engine, ModelHooks, adopt, decoder_for, register
+from icecache.hf import RETRIEVAL, Engine, ModelHooks, adopt, decoder_for, register
 from icecache.index.pool import shared_pool
-from icecache.pages import Offload, Stores
+from icecache.pages import Offload, Stores, WholeKV
 from icecache.policies import make_policy
-from icecache.select import Services
+from icecache.select import Charges, MaskPolicy, Services
 from icecache.stats import Recorder, RuntimeStats, Trace
 from icecache.transfer import Staging
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel
     from transformers.cache_utils import Cache
+
+
+_NEVER = 2**40
+"""A length below which everything is."""
 
 
 class IceRuntime:
@@ -35,10 +39,14 @@ class IceRuntime:
     ...     print(runtime.stats())
     """
 
-    def __init__(self, model: PreTrainedModel, config: IceConfig, policy: str) -> None:
+    def __init__(self, model: PreTrainedModel, config: IceConfig, policy: str | MaskPolicy) -> None:
         """Use :meth:`wrap`."""
         chosen = make_policy(policy, config)
-        self.model, self.config, self.policy = model, config, policy
+        masks = chosen.masks
+        if masks is not None and masks.always_dense:
+            config = replace(config, dense_below=_NEVER)
+        self.model, self.config, self._chosen = model, config, chosen
+        self.policy = policy if isinstance(policy, str) else policy.name
         self._recorder = Recorder()
         pool = shared_pool(config.threads)
         self._services = Services(
@@ -56,7 +64,10 @@ class IceRuntime:
             config=config,
             layout=chosen.layout,
             services=self._services,
-            sparse_chunks=config.sparse_prefill or not chosen.layout.keeps_middle,
+            sparse_chunks=config.sparse_prefill
+            or not chosen.layout.keeps_middle
+            or (masks is not None and masks.forgets),
+            masks=masks,
         )
         self._hooks = ModelHooks(model, self._engine)
         decoder = decoder_for(model, self._engine)
@@ -69,7 +80,7 @@ class IceRuntime:
         model: PreTrainedModel,
         config: IceConfig | None = None,
         *,
-        policy: str = "icecache",
+        policy: str | MaskPolicy = "icecache",
         **overrides: object,
     ) -> IceRuntime:
         """Wrap a model.
@@ -81,8 +92,8 @@ class IceRuntime:
             is served, towers keep their attention.
         config : IceConfig, optional
             Settings; the defaults of :class:`IceConfig` otherwise.
-        policy : str, default="icecache"
-            What chooses the pages; see :func:`icecache.policies.make_policy`.
+        policy : str or MaskPolicy, default="icecache"
+            What chooses the tokens that are attended; see :func:`icecache.policies.make_policy`.
         **overrides
             Fields of the config to replace.
 
@@ -182,26 +193,51 @@ class IceRuntime:
         recorder, layers = self._recorder, self._engine.live_layers()
         mass = sum(float(held) for held in list(self._services.mass.values()))
         pages = [layer.pages for layer in layers if layer.pages is not None]
+        whole = [layer.kept for layer in layers if isinstance(layer.kept, WholeKV)]
+        charged = self._services.charges.totals()
+        n_attended = recorder.attended_n + charged.n_queries
+        n_loaded = recorder.attended_n + charged.n_heads
+        extremes = [
+            (r.attended_min, r.attended_max)
+            for r, n in ((recorder, recorder.attended_n), (charged, charged.n_queries))
+            if n
+        ]
         dense = [pair for layer in layers if (pair := layer.dense_pair()) is not None]
         return RuntimeStats(
             steps=recorder.steps,
-            attended_mean=recorder.attended_sum / recorder.attended_n if recorder.attended_n else 0.0,
-            attended_min=recorder.attended_min,
-            attended_max=recorder.attended_max,
+            attended_mean=(recorder.attended_sum + charged.attended_sum) / n_attended if n_attended else 0.0,
+            attended_min=min((low for low, _ in extremes), default=0),
+            attended_max=max((high for _, high in extremes), default=0),
+            loaded_mean=(recorder.attended_sum + charged.loaded_sum) / n_loaded if n_loaded else 0.0,
+            generated_mean=charged.generated_sum / charged.n_queries if charged.n_queries else float("nan"),
+            generated_kept=self._chosen.generated_kept,
+            dense_layers=self._dense_layers(),
             pages_read=recorder.pages_read,
             bytes_to_device=recorder.bytes_to_device,
             bytes_to_host=recorder.bytes_to_host,
-            device_bytes=sum(p.near.nbytes() for p in pages) + sum(k.nbytes + v.nbytes for k, v in dense),
+            device_bytes=sum(p.near.nbytes() for p in pages)
+            + sum(k.nbytes + v.nbytes for k, v in dense)
+            + sum(w.nbytes() for w in whole),
             host_bytes=sum(store.used_bytes() for store in {id(p.store): p.store for p in pages}.values()),
             index_bytes=sum(p.index_bytes() for p in pages),
             ms=dict(recorder.ms),
             mass_kept=mass / recorder.mass_n if recorder.mass_n else float("nan"),
         )
 
+    def _dense_layers(self) -> tuple[int, ...]:
+        """Layers that attend to everything: those of the config, and those of the policy itself."""
+        plan = self._hooks.plan
+        if self._chosen.masks is None:
+            return tuple(sorted(self._hooks.dense_layers))
+        if self._chosen.masks.always_dense:
+            return tuple(i for i, kind in enumerate(plan) if kind == RETRIEVAL)
+        return tuple(sorted(self._hooks.dense_layers | set(self._chosen.masks.own_dense_layers(len(plan)))))
+
     def reset_stats(self) -> None:
         """Start counting anew."""
         self._recorder = self._services.recorder = Recorder()
         self._services.mass.clear()
+        self._services.charges = Charges()
 
     def _check_open(self) -> None:
         if self._engine.closed:

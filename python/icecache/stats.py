@@ -21,9 +21,21 @@ class RuntimeStats:
     steps : int
         Forwards that began with paged layers (decode steps and later chunks; all layers together count once).
     attended_mean : float
-        Tokens attended per KV head, layer, row and decode step: sink, window, waiting tokens, pages, newest token.
+        Tokens attended per query head, layer that is not dense, row and decode step: sink, window, waiting tokens,
+        retrieved ones, newest token. Under "full" all layers count.
     attended_min, attended_max : int
         The extremes of the same.
+    loaded_mean : float
+        Tokens read per KV head: the union over its query group. Equal to `attended_mean` where the group shares one
+        choice, up to the size of the group times as many where each query head has its own.
+    generated_mean : float
+        Tokens among the attended ones that came after the dense prefill; NaN where that is not known (pages).
+    generated_kept : str
+        What becomes of tokens that come after the dense prefill. "all": attended for ever, on top of the budget.
+        "indexed": chosen like those of the prompt. "window": forgotten once they leave the window. "scored": they
+        compete for a place and are forgotten when they lose it.
+    dense_layers : tuple of int
+        Layers that attend to everything and are not counted above: those of the config and those of the method itself.
     pages_read : int
         Pages fetched, over all heads, layers, rows and steps (exact later chunks included).
     bytes_to_device : int
@@ -39,13 +51,18 @@ class RuntimeStats:
         device work is queued, so attention shows the time to enqueue it.
     mass_kept : float
         Mean estimated share of the softmax that the attended tokens hold, over heads, layers and decode steps; NaN
-        before the first decode step and for policies that score nothing ("random", "streaming").
+        before the first decode step and for policies that score nothing ("random", "streaming"). Exact for
+        policies that mask.
     """
 
     steps: int
     attended_mean: float
     attended_min: int
     attended_max: int
+    loaded_mean: float
+    generated_mean: float
+    generated_kept: str
+    dense_layers: tuple[int, ...]
     pages_read: int
     bytes_to_device: int
     bytes_to_host: int
@@ -74,6 +91,9 @@ class TraceEvent:
         int64, (rows, n_kv_heads, pages): ids read, -1 where there is none.
     positions : numpy.ndarray
         int32, (rows, n_kv_heads, pages, 16): position in the row of each retrieved token, -1 where there is none.
+    attended : numpy.ndarray or None
+        Of a policy that masks: bool, (rows, n_kv_heads, group, positions), everything that was attended; `sink_tokens`
+        is 0, `window_start` the length, and there are no pages then. None: sink, window and `positions` say it.
     """
 
     layer: int
@@ -83,6 +103,7 @@ class TraceEvent:
     window_start: tuple[int, ...]
     pages: np.ndarray
     positions: np.ndarray
+    attended: np.ndarray | None = None
 
 
 Trace = Callable[[TraceEvent], None]

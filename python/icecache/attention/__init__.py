@@ -3,9 +3,14 @@
 from icecache.attention.decode import decode_attention as decode_attention
 from icecache.attention.device import DeviceStep as DeviceStep
 from icecache.attention.device import StepShape as StepShape
+from icecache.attention.masked import masked_attention as masked_attention
+from icecache.attention.masked import whole_attention as whole_attention
+from icecache.attention.notes import Notes as Notes
+from icecache.attention.notes import read_prompt as read_prompt
 from icecache.attention.partial import Partial as Partial
 from icecache.attention.partial import merge as merge
 from icecache.attention.partial import partial_attention as partial_attention
 from icecache.attention.partial import with_sink_logits as with_sink_logits
 from icecache.attention.search import EngineSearch as EngineSearch
+from icecache.attention.stream import query_pieces as query_pieces
 from icecache.attention.stream import stream_attention as stream_attention

@@ -52,7 +52,7 @@ def stream_attention(
     grouped = query.view(n_rows, n_heads, -1, query.shape[2], query.shape[-1])
     near_keys, near_values, live = pages.near.view()
     near_mask = None if live is None else live[:, None, None, None, :]
-    pieces = _pieces(grouped, max(near_keys.shape[2], keys.shape[2], BLOCK_PAGES * 16))
+    pieces = query_pieces(grouped, max(near_keys.shape[2], keys.shape[2], BLOCK_PAGES * 16))
     parts: list[Partial] = []
     # Once, not in every piece; no copy in float32.
     near_keys, near_values, keys, values = (t.float() for t in (near_keys, near_values, keys, values))
@@ -72,7 +72,7 @@ def stream_attention(
     return out.to(query.dtype).contiguous()  # some models call view() on it
 
 
-def _pieces(query: torch.Tensor, n_keys: int) -> list[tuple[int, int]]:
+def query_pieces(query: torch.Tensor, n_keys: int) -> list[tuple[int, int]]:
     """Cut the Q axis so that one block of logits stays below `LOGIT_BYTES`."""
     n_rows, n_heads, group, n_queries, _ = query.shape
     size = max(1, LOGIT_BYTES // (4 * n_rows * n_heads * group * n_keys))

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from icecache.errors import CacheStateError
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.hooks import ModelHooks
+from icecache.hf.policy import PolicyLayer
 from icecache.hf.step import Sequence
 
 
@@ -49,10 +50,14 @@ def _adopted(
     layer: int,
 ) -> CacheLayerMixin:
     if isinstance(source, RetrievalLayer):
+        source.sequence.settle()
+        source.sequence.check()
+        if source.kept is None:
+            return _from_short(hooks, source, target, sequence, attention_mask)
         if not isinstance(target, RetrievalLayer):
             msg = f"layer {layer}: the cache holds pages, but this runtime keeps the layer dense"
             raise CacheStateError(msg)
-        return _rehomed(hooks, source, sequence, attention_mask, layer)
+        return _rehomed(hooks, source, sequence, layer)
     if not isinstance(target, RetrievalLayer):
         if type(source) is not type(target):
             msg = f"layer {layer}: the cache holds a {type(source).__name__}, the model needs {type(target).__name__}"
@@ -61,7 +66,7 @@ def _adopted(
     if type(source) is not DynamicLayer:
         msg = f"layer {layer}: only a plain DynamicLayer can be taken over, got {type(source).__name__}"
         raise CacheStateError(msg)
-    new = RetrievalLayer(hooks.engine, sequence, layer)
+    new = hooks.new_layer(sequence, layer)
     if source.get_seq_length() == 0:
         return new
     keys, values = source.keys, source.values
@@ -82,11 +87,10 @@ def _valid_positions(attention_mask: torch.Tensor | None, n_rows: int, n_positio
     return None if bool(valid.all()) else valid
 
 
-def _rehomed(
-    hooks: ModelHooks, source: RetrievalLayer, sequence: Sequence, attention_mask: torch.Tensor | None, layer: int
-) -> RetrievalLayer:
-    source.sequence.settle()
-    source.sequence.check()
+def _rehomed(hooks: ModelHooks, source: RetrievalLayer, sequence: Sequence, layer: int) -> RetrievalLayer:
+    if hooks.engine.masks != source.engine.masks:
+        msg = f"layer {layer}: it was prepared for another policy; adopt a dense cache instead (policies.Prefill)"
+        raise CacheStateError(msg)
     ours, theirs = hooks.engine.layout, source.engine.layout
     if source.pages is not None and ours != theirs:
         msg = (
@@ -94,7 +98,29 @@ def _rehomed(
             f"runtime has sink {ours.sink_tokens} and window {ours.window_tokens}; adopt a dense cache instead"
         )
         raise CacheStateError(msg)
-    new = source.forked(hooks.engine, sequence)
-    if source.dense_pair() is not None:
-        new.settle_dense(_valid_positions(attention_mask, source.n_rows, source.get_seq_length()))
+    return source.forked(hooks.engine, sequence)
+
+
+def _from_short(
+    hooks: ModelHooks,
+    source: RetrievalLayer,
+    target: CacheLayerMixin,
+    sequence: Sequence,
+    attention_mask: torch.Tensor | None,
+) -> CacheLayerMixin:
+    """Take over a layer that is still dense, with the notes it took."""
+    pair = source.dense_pair()
+    if not isinstance(target, RetrievalLayer):
+        if pair is not None:
+            target.update(*pair)
+        return target
+    if pair is None:
+        return hooks.new_layer(sequence, source.layer_idx)
+    keys, values = (tensor.clone() for tensor in pair)
+    new = hooks.new_layer(sequence, source.layer_idx)
+    valid = _valid_positions(attention_mask, keys.shape[0], keys.shape[2])
+    if isinstance(new, PolicyLayer):
+        new.load(keys, values, valid, source.notes if isinstance(source, PolicyLayer) else None)
+    else:
+        new.load(keys, values, valid)
     return new

@@ -18,7 +18,7 @@ from icecache.attention import DeviceStep, decode_attention, stream_attention
 from icecache.errors import BadTensorError, CacheStateError, UnsupportedModelError
 from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
 from icecache.hf.step import Engine, Sequence, current_step
-from icecache.pages import LayerPages
+from icecache.pages import LayerPages, WholeKV
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -80,11 +80,11 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self.is_initialized = False
         self._length = 0
         self._dense: Pair | None = None
-        self._pages: LayerPages | None = None
+        self._pages: LayerPages | WholeKV | None = None
         self._staged: Pair | None = None
         self._last: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None = None
         self._deferred: tuple[Pair, torch.Tensor | None] | None = None
-        self._before_chunk: LayerPages | None = None
+        self._before_chunk: LayerPages | WholeKV | None = None
         self._shared_call = False
 
     @property
@@ -246,7 +246,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def forked(self, engine: Engine, sequence: Sequence) -> RetrievalLayer:
         """Independent copy under another engine or cache; pages are shared until one side writes."""
-        new = RetrievalLayer(engine, sequence, self.layer_idx)
+        new = type(self)(engine, sequence, self.layer_idx)
         new.is_initialized, new._length, new.unsupported = self.is_initialized, self._length, self.unsupported
         if self.is_initialized:
             new.dtype, new.device, new.n_rows = self.dtype, self.device, self.n_rows
@@ -260,6 +260,11 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     @property
     def pages(self) -> LayerPages | None:
         """Storage of a paged layer."""
+        return self._pages if isinstance(self._pages, LayerPages) else None
+
+    @property
+    def kept(self) -> LayerPages | WholeKV | None:
+        """Storage of a layer that is not short any more, whatever it is."""
         return self._pages
 
     @property
@@ -279,13 +284,6 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._pages is not None:
             self._pages.settle()
 
-    def settle_dense(self, valid: torch.Tensor | None) -> None:
-        """Page in a short layer that is longer than this engine's ``dense_below``; `valid` as in `load`."""
-        if self._dense is not None and self._length >= self.engine.config.dense_below:
-            self._keep(*self._dense, valid)
-            if self._pages is not None:
-                self._pages.settle()
-
     def expects(self, key: torch.Tensor, value: torch.Tensor) -> tuple[bool, bool]:
         """Whether (key, value) are the tensors of the last `update`."""
         last = (None, None) if self._last is None else (self._last[0](), self._last[1]())
@@ -303,7 +301,11 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
                 valid = prompt_padding(self.layer_idx, call.mask, self._length) if paged else None
                 self._keep(call.keys, call.values, valid)
             return out
-        mask = chunk_mask(self, call)
+        return self._attend_past(call, chunk_mask(self, call))
+
+    def _attend_past(self, call: Call, mask: ChunkMask) -> torch.Tensor:
+        """Attend to what is kept and to the staged tokens."""
+        assert self._pages is not None
         if call.query.shape[2] == 1 and call.keys.shape[2] == 1:
             step = current_step()
             if step is not None and step.device is not None:
@@ -315,9 +317,14 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             return self._attend_token_by_token(self._pages, call, mask)
         if not call.shared:
             self._deferred = (call.keys, call.values), mask.valid  # committed at the end: a sharing layer comes later
+        return self._attend_chunk(self._pages, call, mask)
+
+    def _attend_chunk(self, kept: LayerPages | WholeKV, call: Call, mask: ChunkMask) -> torch.Tensor:
+        """Attend exactly with a later chunk, which `kept` does not hold yet."""
+        assert isinstance(kept, LayerPages)
         return stream_attention(
             self.engine.services,
-            self._pages,
+            kept,
             call.query,
             call.keys,
             call.values,
@@ -327,9 +334,11 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             sinks=call.sinks,
         )
 
-    def _decode(self, pages: LayerPages, call: Call, query: torch.Tensor) -> torch.Tensor:
+    def _decode(self, kept: LayerPages | WholeKV, call: Call, query: torch.Tensor) -> torch.Tensor:
+        """Attend with one token a row, which `kept` holds already."""
+        assert isinstance(kept, LayerPages)
         return decode_attention(
-            self.engine.services, pages, query, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks
+            self.engine.services, kept, query, scaling=call.scaling, softcap=call.softcap, sinks=call.sinks
         )
 
     def _attend_on(self, device: DeviceStep, call: Call) -> torch.Tensor:
@@ -344,12 +353,12 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def commit_one(self) -> None:
         """Count one token per row that a replayed step has put into the near buffer."""
-        assert self._pages is not None
+        assert isinstance(self._pages, LayerPages)
         self._length += 1
         self._pages.near.count_one()
         self._pages.padding.append(1, None)
 
-    def _attend_token_by_token(self, pages: LayerPages, call: Call, mask: ChunkMask) -> torch.Tensor:
+    def _attend_token_by_token(self, pages: LayerPages | WholeKV, call: Call, mask: ChunkMask) -> torch.Tensor:
         """Process a chunk exactly as if its tokens had come one by one."""
         if call.shared:
             assert self._before_chunk is not None
@@ -363,7 +372,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         first = call.keys.shape[2] - call.query.shape[2]
         for t in range(call.keys.shape[2]):
             valid = None if mask.valid is None or bool(mask.valid[:, t].all()) else mask.valid[:, t : t + 1]
-            services.drain([pages])
+            if isinstance(pages, LayerPages):
+                services.drain([pages])
             pages.append(call.keys[:, :, t : t + 1], call.values[:, :, t : t + 1], valid)
             if t >= first:
                 outputs.append(self._decode(pages, call, call.query[:, :, t - first : t - first + 1]))

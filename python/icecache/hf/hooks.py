@@ -17,6 +17,7 @@ from icecache.errors import CacheStateError, PoolExhaustedError, UnsupportedMode
 from icecache.hf.attention import IMPLEMENTATION, forget_own, remember_own
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.graph import GraphDecoder
+from icecache.hf.policy import PolicyLayer
 from icecache.hf.step import Engine, Sequence, Step, current_step, set_current_step
 from icecache.hf.support import layer_plan, set_implementation, text_config_of
 
@@ -49,6 +50,7 @@ class ModelHooks:
         self.text_config = text_config_of(model)
         self.dense_layers = set(engine.config.dense_layers)
         self.plan = layer_plan(model, frozenset(self.dense_layers))
+        engine.n_layers = len(self.plan)
         self._names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._own = self.text_config._attn_implementation
         if self._own == IMPLEMENTATION:
@@ -92,11 +94,14 @@ class ModelHooks:
         sequence = Sequence()
         layers = DynamicCache(config=self.text_config).layers
         return [
-            RetrievalLayer(self.engine, sequence, i)
-            if type(layer) is DynamicLayer and i not in self.dense_layers
-            else layer
+            self.new_layer(sequence, i) if type(layer) is DynamicLayer and i not in self.dense_layers else layer
             for i, layer in enumerate(layers)
         ]
+
+    def new_layer(self, sequence: Sequence, layer: int) -> RetrievalLayer:
+        """Empty cache layer of the kind that the policy needs."""
+        kind = RetrievalLayer if self.engine.masks is None else PolicyLayer
+        return kind(self.engine, sequence, layer)
 
     def new_cache(self) -> DynamicCache:
         """Empty cache."""
@@ -164,7 +169,7 @@ class ModelHooks:
             if isinstance(inputs, torch.Tensor) and inputs.shape[1] > PAGE_TOKENS:
                 self._check_memory(layers, inputs.shape[1])
             self.engine.services.drain(paged)
-        step.paged = bool(paged)
+        step.paged = any(layer.kept is not None for layer in layers)
         step.sequence = layers[0].sequence
         step.undo = _Undo(self, cache)
         step.sequence.step = step

@@ -115,8 +115,8 @@ def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
     length = layer.get_seq_length()
     allowed = allowed_4d(layer.layer_idx, mask, length)
     past = length - n_keys
-    assert layer.pages is not None
-    known = layer.pages.padding.valid()[:, :past]
+    assert layer.kept is not None
+    known = layer.kept.padding.valid()[:, :past]
     if not bool((allowed[..., :past].cpu() == known[:, None]).all()):  # sync: custom masks only
         msg = f"layer {layer.layer_idx}: the attention mask hides earlier tokens from a later chunk"
         raise UnsupportedModelError(msg)
@@ -148,7 +148,7 @@ def new_tokens(step: Step, layer: RetrievalLayer, mask: torch.Tensor) -> torch.T
     CacheStateError
         If the mask contradicts earlier ones.
     """
-    pages = layer.pages
+    pages = layer.kept
     assert pages is not None
     if not step.past_checked:
         step.past_checked = True
@@ -171,8 +171,8 @@ def _check_past(layer: RetrievalLayer, mask: torch.Tensor, n_past: int) -> None:
     if step is None or step.past_checked:
         return
     step.past_checked = True
-    assert layer.pages is not None
-    known = layer.pages.padding.valid()[:, :n_past]
+    assert layer.kept is not None
+    known = layer.kept.padding.valid()[:, :n_past]
     now = mask[:, :n_past].bool().cpu()  # sync: once per chunk
     if mask.shape[1] != layer.get_seq_length() or not torch.equal(known, now):
         raise _contradiction(mask, n_past)

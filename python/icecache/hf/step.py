@@ -21,7 +21,7 @@ from icecache.attention import DeviceStep
 from icecache.config import IceConfig
 from icecache.errors import CacheStateError
 from icecache.pages import Layout
-from icecache.select import Services
+from icecache.select import MaskPolicy, Services
 
 if TYPE_CHECKING:
     from icecache.hf.cache import RetrievalLayer
@@ -36,6 +36,10 @@ class Engine:
     services: Services
     sparse_chunks: bool
     """Whether later chunks are processed token by token (asked for, or the policy keeps no middle)."""
+    masks: MaskPolicy | None = None
+    """The policy that keeps everything on the device and masks it; None: pages."""
+    n_layers: int = 0
+    """Layers of the model."""
     closed: bool = False
     _layers: weakref.WeakSet[RetrievalLayer] = field(default_factory=weakref.WeakSet)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -96,6 +100,8 @@ class Sequence:
     step: Step | None = None
     broken: str | None = None
     """Why the cache cannot go on; None: it can."""
+    shared: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What a policy tells later layers of the same step."""
 
     def settle(self) -> None:
         """Roll back a step that never ended (Ctrl-C in the middle of a forward)."""

@@ -11,3 +11,5 @@ from icecache.pages.offload import Offload as Offload
 from icecache.pages.padding import PaddingLog as PaddingLog
 from icecache.pages.store import Stores as Stores
 from icecache.pages.store import as_bytes as as_bytes
+from icecache.pages.whole import RowIndex as RowIndex
+from icecache.pages.whole import WholeKV as WholeKV

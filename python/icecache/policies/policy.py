@@ -1,52 +1,86 @@
-"""A policy is a selector and a layout. All policies read the same number of tokens at the same budget."""
+"""Policies by name. At the same budget all attend to as many tokens; docs/policies.md says how they count."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from icecache.config import IceConfig
 from icecache.errors import ConfigError
 from icecache.pages import Layout
-from icecache.select import RandomPages, Selector, TokenOracle, TreeSearch
+from icecache.policies.full import Full
+from icecache.policies.quest import Quest
+from icecache.policies.snapkv import SnapKV
+from icecache.policies.token_oracle import TokenOracle
+from icecache.select import MaskPolicy, RandomPages, Selector, TreeSearch
 
-POLICIES = ("icecache", "streaming", "page-oracle", "token-oracle", "random")
 STREAMING_SINK_TOKENS = 4
 """Attention sinks of StreamingLLM (Xiao et al., arXiv 2309.17453)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """What stays near, and what reads the rest (None: nothing does)."""
-
-    layout: Layout
-    selector: Selector | None
-
-
-def make_policy(name: str, config: IceConfig) -> Policy:
-    """Policy by name.
+    """How a step attends: by pages on the host, or by a mask over everything.
 
     Parameters
     ----------
-    name : str
-        "icecache": tree search. "page-oracle": the same pages, scored exactly. "token-oracle": the best single tokens.
-        "random": random pages. "streaming": StreamingLLM without re-numbering: the first 4 and the last ``budget - 4``
-        tokens; what leaves the window is forgotten, so later chunks are always processed token by token.
+    layout : Layout
+        What stays near, with pages.
+    selector : Selector or None
+        What reads the rest; None: nothing does.
+    masks : MaskPolicy or None
+        Set: everything stays on the device and this masks it; layout and selector mean nothing then.
+    generated_kept : str
+        What becomes of generated tokens, see :class:`icecache.select.MaskPolicy`.
+    """
+
+    layout: Layout
+    selector: Selector | None
+    masks: MaskPolicy | None = None
+    generated_kept: str = "indexed"
+
+
+_PAGES: dict[str, Callable[[IceConfig], Selector]] = {
+    "icecache": lambda _: TreeSearch(),
+    "page-oracle": lambda _: TreeSearch(exact=True),
+    "random": lambda config: RandomPages(config.seed),
+}
+_MASKS: dict[str, Callable[[IceConfig], MaskPolicy]] = {
+    "full": lambda _: Full(),
+    "snapkv": lambda config: SnapKV(config.budget, window=min(32, config.budget // 2)),
+    "quest": lambda config: Quest(config.budget),
+    "token-oracle": lambda config: TokenOracle(config.budget, config.sink_tokens, config.window_tokens),
+    "token-oracle-q": lambda config: TokenOracle(config.budget, config.sink_tokens, config.window_tokens, "query"),
+}
+POLICIES = (*_PAGES, "streaming", *_MASKS)
+
+
+def make_policy(policy: str | MaskPolicy, config: IceConfig) -> Policy:
+    """Policy by name, with its published settings at the budget of `config`; or one with settings of your own.
+
+    Parameters
+    ----------
+    policy : str or MaskPolicy
+        "icecache": tree search. "page-oracle": the same pages, scored exactly. "random": random pages. "streaming":
+        StreamingLLM without re-numbering: the first 4 and the last ``budget - 4`` tokens; what leaves the window is
+        forgotten, so later chunks are always processed token by token. The others are classes of this package, each
+        with its source, rule and defaults: "full", "snapkv", "quest", "token-oracle", "token-oracle-q".
 
     Raises
     ------
     ConfigError
-        If there is no such policy.
+        If there is no such policy, or the budget is too small for it.
     """
     layout = Layout(config.sink_tokens, config.window_tokens)
-    if name == "icecache":
-        return Policy(layout, TreeSearch())
-    if name == "page-oracle":
-        return Policy(layout, TreeSearch(exact=True))
-    if name == "token-oracle":
-        return Policy(layout, TokenOracle())
-    if name == "random":
-        return Policy(layout, RandomPages(config.seed))
-    if name == "streaming":
-        return Policy(Layout(STREAMING_SINK_TOKENS, config.budget - STREAMING_SINK_TOKENS, keeps_middle=False), None)
-    msg = f"policy must be one of {', '.join(POLICIES)}, got {name!r}"
+    if not isinstance(policy, str):
+        return Policy(layout, None, policy, policy.generated_kept)
+    if policy in _PAGES:
+        return Policy(layout, _PAGES[policy](config))
+    if policy in _MASKS:
+        masks = _MASKS[policy](config)
+        return Policy(layout, None, masks, masks.generated_kept)
+    if policy == "streaming":
+        near = Layout(STREAMING_SINK_TOKENS, config.budget - STREAMING_SINK_TOKENS, keeps_middle=False)
+        return Policy(near, None, generated_kept="window")
+    msg = f"policy must be one of {', '.join(POLICIES)}, got {policy!r}"
     raise ConfigError(msg)

@@ -14,6 +14,7 @@ from icecache import _core
 from icecache.config import PAGE_TOKENS
 from icecache.errors import BadTensorError
 from icecache.pages import LayerPages, Offload, Stores, drain
+from icecache.select.charges import Charges
 from icecache.stats import Recorder, Trace
 from icecache.transfer import Fetched, Staging
 
@@ -92,6 +93,8 @@ class Services:
     trace: Trace | None = None
     mass: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     """Sum of the estimated mass kept, on each device: read only when somebody asks, so a step need not wait."""
+    charges: Charges = field(default_factory=Charges)
+    """What the masks of a policy cost."""
 
     def drain(self, layers: Sequence[LayerPages]) -> None:
         """Move what is due from the windows of `layers` to their forests; see :func:`icecache.pages.drain`."""

@@ -9,6 +9,10 @@ from icecache.stats import TraceEvent
 
 def attended_positions(event: TraceEvent, row: int, head: int) -> np.ndarray:
     """Positions a KV head attended, sink, pages and window; each must occur once."""
+    if event.attended is not None:
+        shared = event.attended[row, head]
+        assert (shared == shared[0]).all(), "the query heads of this KV head attended to different tokens"
+        return np.flatnonzero(shared[0])
     far = event.positions[row, head].ravel()
     near = [*range(event.sink_tokens[row]), *range(event.window_start[row], event.lengths[row])]
     positions = np.concatenate([near, far[far >= 0]]).astype(int)

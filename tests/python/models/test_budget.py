@@ -73,7 +73,7 @@ def test_the_output_is_attention_over_exactly_the_tokens_that_were_read(monkeypa
 
 
 @pytest.mark.usefixtures("reference")
-@pytest.mark.parametrize("policy", ["icecache", "page-oracle", "token-oracle"])
+@pytest.mark.parametrize("policy", ["icecache", "page-oracle"])
 def test_full_pages_make_the_attended_tokens_exactly_the_budget(monkeypatch, policy):
     _, events, _ = run(build("llama"), monkeypatch, {"input_ids": prompt(1, 16 + 160 + 32)}, 33, policy=policy)
     for event in events:

@@ -72,7 +72,7 @@ def _sliding_only():
         (_sliding_only, {}, UnsupportedModelError, "DynamicSlidingWindowLayer"),
         (lambda: build("llama"), {"dense_layers": (0, 1, 2)}, UnsupportedModelError, "no layer with plain full"),
         (lambda: build("llama"), {"dense_layers": (3,)}, ConfigError, r"0\.\.=2, got 3"),
-        (lambda: build("llama"), {"policy": "quest"}, ConfigError, "policy must be one of icecache, streaming"),
+        (lambda: build("llama"), {"policy": "best"}, ConfigError, "policy must be one of icecache, page-oracle"),
         (lambda: build("llama"), {"budgets": 3}, ConfigError, "unknown settings: budgets"),
         (lambda: build("llama"), {"budget": 48}, ConfigError, "64, 80"),
     ],
