@@ -37,6 +37,11 @@ def _add_run(parts: Commands) -> None:
     run.add_argument("--out", type=Path, required=True, metavar="DIR", help="for samples.jsonl and manifest.json")
     run.add_argument("--model", metavar="M", help="needle-3m (default, shipped), a folder, or a hub id")
     run.add_argument("--suite", type=task_list, metavar="A,B,...", help="default needle")
+    run.add_argument(
+        "--protocol",
+        metavar="P",
+        help="official (default), authors (the paper's scripts) or clean, for suites that vary",
+    )
     run.add_argument("--tasks", type=task_list, metavar="A,B,...", help="of these suites (default: each suite's own)")
     run.add_argument(
         "--lengths", type=count_list, metavar="N,N,...", help="tokens of prompt and answer, such as 8k,32k"
@@ -98,6 +103,10 @@ def _run(args: argparse.Namespace) -> int:
     from icecache.eval.options import EvalOptions
 
     given = {k: v for k, v in vars(args).items() if k in EvalOptions.__dataclass_fields__ and v is not None}
+    if args.protocol is not None:
+        from icecache.eval.suites import with_protocol
+
+        given["suite"] = with_protocol(given.get("suite", ("needle",)), args.protocol)
     if "settings" in given:
         given["settings"] = tuple(given["settings"])
     if given.get("controls") == ("none",):

@@ -7,10 +7,42 @@ from types import MappingProxyType
 from typing import Final
 
 from icecache.errors import ConfigError
+from icecache.eval.gsm8k.suite import AUTHORS as GSM8K_AUTHORS
+from icecache.eval.gsm8k.suite import SUITE as GSM8K
+from icecache.eval.longbench.suite import AUTHORS as LONGBENCH_AUTHORS
+from icecache.eval.longbench.suite import CLEAN as LONGBENCH_CLEAN
+from icecache.eval.longbench.suite import SUITE as LONGBENCH
 from icecache.eval.needle.suite import SUITE as NEEDLE
+from icecache.eval.ruler.suite import OFFLINE as RULER_OFFLINE
+from icecache.eval.ruler.suite import SUITE as RULER
 from icecache.eval.task import Suite, Task
 
-SUITES: Final[Mapping[str, Suite]] = MappingProxyType({suite.name: suite for suite in (NEEDLE,)})
+SUITES: Final[Mapping[str, Suite]] = MappingProxyType(
+    {
+        suite.name: suite
+        for suite in (
+            NEEDLE,
+            *(RULER, RULER_OFFLINE),
+            *(LONGBENCH, LONGBENCH_AUTHORS, LONGBENCH_CLEAN),
+            *(GSM8K, GSM8K_AUTHORS),
+        )
+    }
+)
+PROTOCOLS: Final = ("official", "authors", "clean")
+
+
+def with_protocol(suites: tuple[str, ...], protocol: str) -> tuple[str, ...]:
+    """Names of the suites in a protocol: "longbench" becomes "longbench-authors"; suites without it stay as they are.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such protocol.
+    """
+    if protocol not in PROTOCOLS:
+        msg = f"--protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}"
+        raise ConfigError(msg)
+    return tuple(name if f"{name}-{protocol}" not in SUITES else f"{name}-{protocol}" for name in suites)
 
 
 def choose_tasks(suites: tuple[str, ...], tasks: tuple[str, ...] = ()) -> tuple[Task, ...]:
