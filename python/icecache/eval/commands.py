@@ -119,12 +119,22 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from icecache.eval.report import TASK_BY_TASK, write_report
+
+    text = write_report(args.folder, args.out, args.budget)
+    print(text.partition(TASK_BY_TASK)[0].rstrip())
+    print(f"\nwhole report: {args.out or args.folder / 'report.md'}")
+    return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from icecache.eval.compare import compare
+
+    print(compare(args.folders, args.arms or ()))
+    return 0
 
 
-def _selftest(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+def _selftest(args: argparse.Namespace) -> int:  # noqa: ARG001 - has no arguments
+    from icecache.eval.selftest import selftest
+
+    return selftest(print)
