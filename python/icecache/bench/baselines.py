@@ -13,6 +13,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from icecache.bench.synthetic import Content
+from icecache.hf.names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ class StaticGraph:
         cache = _Window()
 
         def call() -> torch.Tensor:
-            out = self.model(self.ids, past_key_values=cache, position_ids=self.positions, use_cache=True)
+            out = self.model(self.ids, **cache_argument(cache), position_ids=self.positions, use_cache=True)
             logits: torch.Tensor = out.logits
             return logits[:, -1:].argmax(-1)
 

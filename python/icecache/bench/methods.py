@@ -13,6 +13,7 @@ from icecache.bench.fixed import FixedPages
 from icecache.bench.synthetic import Content, fill
 from icecache.errors import ConfigError
 from icecache.hf.graph import GraphDecoder
+from icecache.hf.names import cache_argument
 from icecache.runtime import IceRuntime
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _fill(model: PreTrainedModel, cache: Cache, content: Content, prompt: torch.
         return
     for first in range(0, prompt.shape[1], CHUNK_TOKENS):
         chunk = prompt[:, first : first + CHUNK_TOKENS]
-        model(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(chunk, **cache_argument(cache), use_cache=True, logits_to_keep=1)
 
 
 def _greedy(model: PreTrainedModel, cache: Cache, content: Content) -> Callable[[], torch.Tensor]:
@@ -124,7 +125,7 @@ def _greedy(model: PreTrainedModel, cache: Cache, content: Content) -> Callable[
 
     def step() -> torch.Tensor:
         nonlocal ids
-        logits: torch.Tensor = model(ids, past_key_values=cache, use_cache=True).logits
+        logits: torch.Tensor = model(ids, **cache_argument(cache), use_cache=True).logits
         ids = logits[:, -1:].argmax(-1)
         return ids
 

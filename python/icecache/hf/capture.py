@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from icecache.attention import DeviceStep
 from icecache.errors import UnsupportedModelError
+from icecache.hf.names import CACHE_NAMES, cache_argument
 from icecache.hf.request import STATIC, NotCapturableError, Request
 from icecache.hf.step import Step
 
@@ -48,7 +49,7 @@ class Captured:
     def output(self, request: Request) -> ModelOutput:
         """Copy of the output for the caller; the next run would overwrite the original."""
         fields = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in self.fields.items()}
-        return self.kind(**fields, past_key_values=request.cache)
+        return self.kind(**fields, **cache_argument(request.cache))
 
 
 def capture(forward: Forward, now: Step, step: DeviceStep, request: Request, *, graph: bool) -> Captured:
@@ -109,7 +110,7 @@ def _call(forward: Forward, now: Step, step: DeviceStep, request: Request, input
     length = request.length
     now.device = step
     try:
-        return forward(**inputs, past_key_values=request.cache, **dict(request.options))
+        return forward(**inputs, **cache_argument(request.cache), **dict(request.options))
     finally:
         now.device = None
         for layer in request.layers:
@@ -121,7 +122,7 @@ def _parts(output: object) -> tuple[type[ModelOutput], dict[str, object]]:
         msg = f"the model returns a {type(output).__name__}, not a ModelOutput"
         raise UnsupportedModelError(msg)
     # Without the cache: the graph must not keep it alive.
-    return type(output), {name: x for name, x in output.items() if name != "past_key_values"}
+    return type(output), {name: x for name, x in output.items() if name not in CACHE_NAMES}
 
 
 def _static_inputs(request: Request) -> dict[str, torch.Tensor]:

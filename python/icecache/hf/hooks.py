@@ -17,6 +17,7 @@ from icecache.errors import CacheStateError, PoolExhaustedError, UnsupportedMode
 from icecache.hf.attention import IMPLEMENTATION, forget_own, remember_own
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.graph import GraphDecoder
+from icecache.hf.names import CACHE_NAMES, stray_cache
 from icecache.hf.policy import PolicyLayer
 from icecache.hf.step import Engine, Sequence, Step, current_step, set_current_step
 from icecache.hf.support import layer_plan, set_implementation, text_config_of
@@ -131,6 +132,10 @@ class ModelHooks:
         position = self._names.index(name) if name in self._names else len(args)
         return args[position] if position < len(args) else None
 
+    def _cache(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Cache | None:
+        found = (self._argument(name, args, kwargs) for name in CACHE_NAMES)
+        return next((x for x in found if isinstance(x, Cache)), None)
+
     def _open(self, _module: torch.nn.Module, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
         """Pre-hook: everything that can fail before the step changes anything fails here."""
         set_current_step(None)
@@ -138,8 +143,12 @@ class ModelHooks:
             self.decoder.settle()
         names = frozenset(kwargs) | frozenset(self._names[: len(args)])
         step = Step(self.engine, names, sys._getframe(1))
-        cache = self._argument("past_key_values", args, kwargs)
-        if isinstance(cache, Cache):
+        cache = self._cache(args, kwargs)
+        stray = stray_cache({**dict(zip(self._names, args, strict=False)), **kwargs}) if cache is None else None
+        if stray is not None:
+            msg = f"the cache came as argument {stray!r}, expected {' or '.join(CACHE_NAMES)}; it would stay dense"
+            raise UnsupportedModelError(msg)
+        if cache is not None:
             self._supply_layers(cache)
             layers = [layer for layer in cache.layers if isinstance(layer, RetrievalLayer)]
             if layers:
@@ -202,8 +211,8 @@ class ModelHooks:
         set_current_step(None)
         if step is None:
             return
-        cache = self._argument("past_key_values", args, kwargs)
-        if step.sequence is None or not isinstance(cache, Cache):
+        cache = self._cache(args, kwargs)
+        if step.sequence is None or cache is None:
             step.frame = None
             return
         undo = step.undo

@@ -10,12 +10,13 @@ from transformers.cache_utils import Cache
 
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.masks import new_tokens
+from icecache.hf.names import CACHE_NAMES
 from icecache.hf.step import Step
 from icecache.pages import LayerPages
 
 STATIC = ("input_ids", "position_ids", "cache_position")
 """Tensors that every step is given anew; a graph reads them from static buffers."""
-_SKIPPED = ("attention_mask", "past_key_values")
+_SKIPPED = ("attention_mask", *CACHE_NAMES)
 """A decode step of ours needs no mask: padding is never stored."""
 _WANTS_MORE = ("output_attentions", "output_hidden_states")
 
@@ -69,8 +70,9 @@ def read_request(step: Step, arguments: Mapping[str, object]) -> Request | None:
     CacheStateError
         If the mask contradicts earlier masks, as in an eager step.
     """
-    cache, ids = arguments.get("past_key_values"), arguments.get("input_ids")
-    if not isinstance(cache, Cache) or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
+    cache = next((x for name in CACHE_NAMES if isinstance(x := arguments.get(name), Cache)), None)
+    ids = arguments.get("input_ids")
+    if cache is None or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
         return None
     if torch.is_grad_enabled() or arguments.get("return_dict") is False:
         return None

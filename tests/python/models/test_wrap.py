@@ -9,8 +9,17 @@ import weakref
 import pytest
 import torch
 from icecache import CacheStateError, ConfigError, IceConfig, IceRuntime, UnsupportedModelError
+from icecache.hf.names import cache_argument
 from tiny import BUILDERS, build, prompt
-from transformers import BertConfig, BertForMaskedLM, DynamicCache, StaticCache, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DynamicCache,
+    LlamaForCausalLM,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 
 def fingerprint(model):
@@ -198,6 +207,34 @@ def test_other_ways_to_call_a_wrapped_model_stay_dense_and_exact():
             cache = StaticCache(config=model.config, max_cache_len=128)
             assert torch.equal(model(ids, past_key_values=cache).logits, own)
             assert runtime.stats().pages_read == 0
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_the_cache_is_found_under_both_of_its_names(name):
+    class Renamed(LlamaForCausalLM):
+        def forward(self, input_ids, **kwargs):
+            return super().forward(input_ids, **cache_argument(kwargs.pop(name)), **kwargs)
+
+    model, ids = Renamed(build("llama").config).eval(), prompt(1, 120)
+    with IceRuntime.wrap(model, dense_below=0) as runtime, torch.no_grad():
+        cache = runtime.new_cache()
+        model(ids, **{name: cache})
+        model(prompt(1, 1), **{name: cache})
+        assert runtime.stats().pages_read > 0
+
+
+def test_a_cache_under_an_unknown_name_is_refused_instead_of_staying_dense():
+    class Renamed(LlamaForCausalLM):
+        def forward(self, input_ids, kv=None, **kwargs):
+            return super().forward(input_ids, **cache_argument(kv), **kwargs)
+
+    model = Renamed(build("llama").config).eval()
+    with IceRuntime.wrap(model, dense_below=0) as runtime, torch.no_grad():
+        with pytest.raises(UnsupportedModelError, match="argument 'kv', expected cache or past_key_values"):
+            model(prompt(1, 20), kv=runtime.new_cache())
+        with pytest.raises(UnsupportedModelError, match="argument 'kv'"):
+            model(prompt(1, 20), runtime.new_cache())
+        assert model(prompt(1, 20), kv=None).logits.shape[1] == 20
 
 
 def test_dense_layers_stay_dense_beside_paged_ones_also_with_padding():
