@@ -104,6 +104,9 @@ class Engine:
     @property
     def background_threads(self) -> int:
         """Threads that insert."""
+    @property
+    def background(self) -> Pool:
+        """The threads that insert, as a pool: on cores that search workers leave over."""
     def mailbox(
         self,
         memory: HostMemory,
@@ -251,6 +254,13 @@ class Forest:
         """Route all inserted tokens into the trees; searches see no difference, `digest` does."""
     def fork(self) -> Forest:
         """Make a forest with the same tokens that shares all pages; neither sees what the other adds later."""
+    def ahead(self) -> Ahead:
+        """Make a continuation that takes tokens unseen, until `adopt`."""
+    def adopt(self, ahead: Ahead) -> bool:
+        """Take over the tokens of a continuation of this forest, or of the one it was forked from, all at once.
+
+        False, and nothing changes, if this forest changed since.
+        """
     def crop(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` tokens; the result equals a build of that prefix."""
     def read(self, start: int, stop: int, out_keys: _Bytes, out_values: _Bytes) -> None:
@@ -263,6 +273,13 @@ class Forest:
         """Count what happened (inserts, splits, seals) and what there is (segments, tail_tokens), over all heads."""
     def digest(self) -> int:
         """Hash of the whole structure: the layout of the pages and their bytes."""
+
+class Ahead:
+    """A sequence that continues a forest unseen until the forest adopts it. Made by `Forest.ahead`."""
+
+    @property
+    def forest(self) -> Forest:
+        """The forest to add tokens to; it shares all pages with the one it continues."""
 
 def extend(pool: Pool, forests: list[Forest], keys: list[_Bytes], values: list[_Bytes]) -> None:
     """Add tokens to many sequences; row r gets keys and values uint8 (H, n_r, bytes). On an error nothing changes.

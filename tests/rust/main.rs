@@ -1,6 +1,7 @@
 //! Properties of the index, checked against slow and obvious models.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 
+mod ahead;
 mod basics;
 mod compact;
 mod concurrency;

@@ -74,6 +74,11 @@ impl Forest {
         Self::from_state(store, sealing, view.frozen())
     }
 
+    /// A sequence that goes on from these trees.
+    pub(crate) fn of_trees(store: Arc<PageStore>, sealing: Sealing, trees: Arc<Trees>) -> Self {
+        Self::from_state(store, sealing, State { trees, pending: Vec::new() })
+    }
+
     /// A sequence of one tree with these segments of 1024 positions each and an empty tail.
     pub(crate) fn of_segments(store: Arc<PageStore>, entries: Vec<SegmentEntry>) -> Self {
         let tokens = entries.len() * SEGMENT_TOKENS;

@@ -8,6 +8,7 @@
 //! Nobody takes a lock. Searches load one state and read memory that is immutable or published with `Release`; any number
 //! of threads may insert, extend, remove, crop and fork at once. `README.md` beside this crate has the protocol.
 
+mod ahead;
 mod arena;
 mod background;
 #[cfg(feature = "bench")]
@@ -58,6 +59,7 @@ mod tail;
 mod validate;
 pub mod vector;
 
+pub use ahead::Ahead;
 pub use arena::{PageStore, StoreOptions};
 pub use brute::brute_pages;
 pub use config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS, Sealing, SearchOptions};

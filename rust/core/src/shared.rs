@@ -191,8 +191,12 @@ impl Shared {
 
     /// Counts what happened, and has the stretches packed that ended in it.
     pub(crate) fn published(&self, grown: &Grown) {
-        let counts = grown.counts;
         grown.packings.iter().for_each(|packing| self.store.background.submit(packing));
+        self.count(grown.counts);
+    }
+
+    /// Adds to what happened so far.
+    pub(crate) fn count(&self, counts: Counts) {
         // Relaxed: statistics, they order nothing.
         self.inserts.fetch_add(counts.inserts, Ordering::Relaxed);
         self.splits.fetch_add(counts.splits, Ordering::Relaxed);

@@ -92,6 +92,12 @@ impl Engine {
         self.shared.background.current_num_threads()
     }
 
+    /// The threads that insert, on the cores that search workers leave over.
+    #[must_use]
+    pub fn background(&self) -> &Arc<ThreadPool> {
+        &self.shared.background
+    }
+
     /// A mailbox whose memory comes from `memory`.
     ///
     /// # Errors

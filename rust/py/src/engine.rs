@@ -15,6 +15,7 @@ use crate::arrays::{count, optional_count, readonly, slice, to_array};
 use crate::errors::{IntoPy, run};
 use crate::forest::Forest;
 use crate::memory::{HostMemory, positive};
+use crate::pool::Pool;
 
 /// Threads that search for a device, bound to cores, and threads that insert in the background.
 ///
@@ -67,6 +68,12 @@ impl Engine {
     #[getter]
     fn background_threads(&self) -> usize {
         self.inner.background_threads()
+    }
+
+    /// The threads that insert, as a pool: on cores that search workers leave over.
+    #[getter]
+    fn background(&self) -> Pool {
+        Pool { inner: std::sync::Arc::clone(self.inner.background()) }
     }
 
     /// A mailbox for up to `n_rows` sequences of `n_layers` layers that search; `dtype` is that of the queries, and an

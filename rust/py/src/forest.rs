@@ -166,6 +166,18 @@ impl Forest {
         Ok(Self { inner: Arc::new(inner) })
     }
 
+    /// A continuation that takes tokens unseen, until `adopt`.
+    fn ahead(&self, py: Python<'_>) -> PyResult<Ahead> {
+        run(py, || self.inner.ahead()).map(|inner| Ahead { inner })
+    }
+
+    /// Take over the tokens of a continuation of this forest, or of the one it was forked from; `False`, and nothing
+    /// changes, if this forest changed since.
+    fn adopt(&self, py: Python<'_>, ahead: &Bound<'_, Ahead>) -> PyResult<bool> {
+        let ahead = &ahead.get().inner;
+        run(py, || self.inner.adopt(ahead))
+    }
+
     /// Keep the first `n_tokens` tokens.
     fn crop(&self, py: Python<'_>, n_tokens: &Bound<'_, PyAny>) -> PyResult<()> {
         let n = count(n_tokens, "n_tokens")?;
@@ -217,6 +229,21 @@ impl Forest {
     /// Hash of the whole structure: the layout of the pages and their bytes.
     fn digest(&self, py: Python<'_>) -> PyResult<u64> {
         run::<_, core::Error>(py, || Ok(self.inner.digest()))
+    }
+}
+
+/// A sequence that continues a forest unseen until the forest adopts it. Made by `Forest.ahead`.
+#[pyclass(frozen, module = "icecache._core")]
+pub(crate) struct Ahead {
+    inner: core::Ahead,
+}
+
+#[pymethods]
+impl Ahead {
+    /// The forest to add tokens to; it shares all pages with the one it continues.
+    #[getter]
+    fn forest(&self) -> Forest {
+        Forest { inner: Arc::clone(self.inner.forest()) }
     }
 }
 

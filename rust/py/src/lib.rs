@@ -21,7 +21,7 @@ mod _core {
     #[pymodule_export]
     use crate::engine::{Engine, Mailbox};
     #[pymodule_export]
-    use crate::forest::{Forest, PageStore, extend};
+    use crate::forest::{Ahead, Forest, PageStore, extend};
     #[pymodule_export]
     use crate::memory::{HostMemory, default_workers, topology};
     #[pymodule_export]
