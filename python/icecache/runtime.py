@@ -12,7 +12,7 @@ from icecache.config import IceConfig
 from icecache.errors import CacheStateError, ConfigError
 from icecache.hf import RETRIEVAL, Engine, ModelHooks, adopt, decoder_for, register
 from icecache.index.pool import shared_pool
-from icecache.pages import Offload, Stores, WholeKV
+from icecache.pages import Inserter, Offload, Stores, WholeKV
 from icecache.policies import make_policy
 from icecache.select import Charges, MaskPolicy, Services
 from icecache.stats import Recorder, RuntimeStats, Trace
@@ -58,6 +58,7 @@ class IceRuntime:
             n_pages=config.retrieved_pages,
             candidates=config.candidates,
             offload=Offload(pool),
+            inserter=Inserter(),
         )
         register()
         self._engine = Engine(
@@ -121,6 +122,7 @@ class IceRuntime:
             self._engine.closed = True
             self._hooks.remove()
             self._services.offload.close()
+            self._services.inserter.close()
         return self.model
 
     def __enter__(self) -> IceRuntime:

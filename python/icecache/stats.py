@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-PARTS = ("prefill_offload", "index_build", "search", "transfer", "attention")
+PARTS = ("prefill_offload", "index_build", "insert_wait", "search", "transfer", "attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,9 @@ class RuntimeStats:
         the pages. Pages shared by forks count once; `index_bytes` counts what forks share once per fork. A cache
         adopted from another runtime uses that runtime's page store.
     ms : dict of str to float
-        Wall time by part, in milliseconds: prefill_offload, index_build, search, transfer, attention. On a CUDA
-        device work is queued, so attention shows the time to enqueue it.
+        Wall time by part, in milliseconds: prefill_offload, index_build, insert_wait, search, transfer, attention. On a
+        CUDA device prompts and inserts are built in the background, and insert_wait is how long steps waited for
+        inserts; work is queued, so attention shows the time to enqueue it.
     mass_kept : float
         Mean estimated share of the softmax that the attended tokens hold, over heads, layers and decode steps; NaN
         before the first decode step and for policies that score nothing ("random", "streaming"). Exact for

@@ -157,6 +157,7 @@ class GraphDecoder:
                 static.fill_(request.length)
             else:
                 static.copy_(given)
+        self.engine.services.hand_over(request.pages)  # now: the device is idle, and these tokens are there
         ticket = self.search.begin(step, request.pages, self.engine.services.n_pages)
         self._running = step
         step.write_state(ticket, request.pages[0].near)

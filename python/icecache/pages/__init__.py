@@ -1,5 +1,7 @@
 """Where keys and values live: sink and window on the compute device, the rest in pages on the host."""
 
+from icecache.pages.ahead import Inserter as Inserter
+from icecache.pages.ahead import hand_over as hand_over
 from icecache.pages.host import host_memory as host_memory
 from icecache.pages.host import warn_if_pageable as warn_if_pageable
 from icecache.pages.layer import LayerPages as LayerPages

@@ -1,7 +1,8 @@
 """All tokens of one layer: sink and window on the device, the middle in one forest of pages per row.
 
 Forest token ``i`` of a row is its position ``sink_tokens + i``. Tokens move from the window to the forest in batches of
-16, at the start of a step; until then they stay in the window, so nothing is ever in neither place.
+16, at the start of a step; until then they stay in the window, so nothing is ever in neither place. Tokens that were
+handed over (`ahead`) are inserted where nobody sees them yet, and count as window tokens until the forest adopts them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from icecache import _core
 from icecache.config import PAGE_TOKENS
+from icecache.pages.ahead import Handed, adopt_due
 from icecache.pages.move import Move, insert
 from icecache.pages.near import NearBuffer, NearRow
 from icecache.pages.offload import Departure, Offload, wait
@@ -47,6 +49,8 @@ class LayerPages:
         self.near, self.forests, self.padding = near, forests, padding
         self.forgotten = [0] * near.n_rows
         """Middle tokens dropped for good, per row; stays 0 unless the layout forgets the middle."""
+        self.handed: list[Handed | None] = [None] * near.n_rows
+        """Per row the oldest window tokens that are being inserted unseen."""
         self._job: Future[None] | None = None
         self.changes = 0
         """How often the forests were written to: whoever searches a snapshot knows by it when to take a new one."""
@@ -157,10 +161,13 @@ class LayerPages:
         """Forget the newest `n_positions` positions (padding included), and refill the window from the forest."""
         removed = self.padding.crop(n_positions)
         left = [self.near.window_count(b) - n for b, n in enumerate(removed)]
-        enough = (n >= (self.layout.window_tokens if self.middle(b) else 0) for b, n in enumerate(left))
+        needed = [self.layout.window_tokens if self.middle(b) else 0 for b in range(self.n_rows)]
+        needed = [max(n, 0 if h is None else h.n_tokens) for n, h in zip(needed, self.handed, strict=True)]
+        enough = (n >= least for n, least in zip(left, needed, strict=True))
         if len(set(removed)) == 1 and all(enough):
             self.near.truncate(removed[0])
             return
+        self.handed = [None] * self.n_rows
         self.near = NearBuffer([self._cropped(b, n) for b, n in enumerate(removed)], self.layout.sink_tokens)
 
     def _cropped(self, b: int, n_tokens: int) -> NearRow:
@@ -196,6 +203,7 @@ class LayerPages:
         near, padding = self.near.select(rows), self.padding.select(rows)
         pages = LayerPages(self.layout, self.layer, self.store, near, forests, padding)
         pages.forgotten = [self.forgotten[b] for b in rows]
+        pages.handed = [self.handed[b] for b in rows]
         pages.changes = self.changes + 1
         return pages
 
@@ -230,10 +238,12 @@ def read_back(
 
 
 def drain(pool: _core.Pool, recorder: Recorder, layers: Sequence[LayerPages]) -> None:
-    """Move the tokens that are due from the windows of all `layers` to their forests, in one call.
+    """Move the tokens that are due from the windows of all `layers` to their forests.
 
-    If this raises, every token is still in its window or in its forest, and all sequences are usable.
+    What was handed over is adopted, the rest is inserted in one call. If this raises, every token is still in its
+    window or in its forest, and all sequences are usable.
     """
+    adopt_due(recorder, layers)
     plan = [(pages, pages.due()) for pages in layers]
     plan = [(pages, counts) for pages, counts in plan if any(counts)]
     lengths: list[tuple[LayerPages, list[int], list[int]]] = []

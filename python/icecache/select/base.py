@@ -13,7 +13,7 @@ import torch
 from icecache import _core
 from icecache.config import PAGE_TOKENS
 from icecache.errors import BadTensorError
-from icecache.pages import LayerPages, Offload, Stores, drain
+from icecache.pages import Inserter, LayerPages, Offload, Stores, drain, hand_over
 from icecache.select.charges import Charges
 from icecache.stats import Recorder, Trace
 from icecache.transfer import Fetched, Staging
@@ -90,6 +90,7 @@ class Services:
     candidates: int
     """Pages a search scores from their keys."""
     offload: Offload
+    inserter: Inserter
     trace: Trace | None = None
     mass: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     """Sum of the estimated mass kept, on each device: read only when somebody asks, so a step need not wait."""
@@ -99,6 +100,10 @@ class Services:
     def drain(self, layers: Sequence[LayerPages]) -> None:
         """Move what is due from the windows of `layers` to their forests; see :func:`icecache.pages.drain`."""
         drain(self.pool, self.recorder, layers)
+
+    def hand_over(self, layers: Sequence[LayerPages]) -> None:
+        """Start to insert what is due next, in the background; see :func:`icecache.pages.hand_over`."""
+        hand_over(self.inserter, self.recorder, layers)
 
     def fetch(self, request: Request, selection: _core.Selection) -> Fetched:
         """Bring all pages of a selection to the device."""

@@ -1,0 +1,141 @@
+"""Tokens that enter the forests while decode steps run.
+
+At a fixed step the oldest 16 tokens of a row's window are *handed over*: copied to the host and, on a thread of its
+own, inserted into a continuation of the row's forest that no search sees. They stay in the window. At the step at which
+they have to leave the window the forest *adopts* the continuation, all at once. So every token is attended in exactly
+one place, and what is attended depends on the number of steps alone: an insert that is late is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from icecache import _core
+from icecache.config import PAGE_TOKENS
+from icecache.pages.move import Move, insert
+from icecache.pages.store import start_to_host
+from icecache.stats import Recorder
+
+if TYPE_CHECKING:
+    from icecache.pages.layer import LayerPages
+
+_THREADS = 2
+"""Of a pool of our own: 16 tokens for 256 trees take some 20 ms of one core, and there are 16 steps for it."""
+_LEAST_LEAD = 8
+"""Steps between hand-over and adoption. Rows that come nearer to the latter, after a later chunk, say, are inserted at
+once when they are due."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """The oldest window tokens of one row, on their way. Forks of the row share it."""
+
+    ahead: _core.Ahead
+    n_tokens: int
+    job: Future[None]
+
+
+class Inserter:
+    """The background thread of one runtime; it starts with its first job."""
+
+    def __init__(self) -> None:
+        self.pool: _core.Pool | None = None
+        """Whose threads insert: those that search workers leave cores for; None: a small one of our own."""
+        self._thread: ThreadPoolExecutor | None = None
+
+    def submit(self, recorder: Recorder, moves: Sequence[Move], ready: torch.cuda.Event | None) -> Future[None]:
+        """Insert once `ready` has happened; the result raises what :func:`insert` raises."""
+        if self.pool is None:
+            self.pool = _core.Pool(_THREADS)
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="icecache-insert")
+        return self._thread.submit(_run, self.pool, recorder, list(moves), ready)
+
+    def close(self) -> None:
+        """End the thread once its jobs are done."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
+
+
+def _run(pool: _core.Pool, recorder: Recorder, moves: list[Move], ready: torch.cuda.Event | None) -> None:
+    if ready is not None:
+        ready.synchronize()  # sync: this thread only
+    insert(pool, recorder, moves)
+
+
+def hand_over(inserter: Inserter, recorder: Recorder, layers: Sequence[LayerPages]) -> None:
+    """Start to insert the next tokens of all rows that have come so far.
+
+    Copies are enqueued on the current stream. If this raises, nothing has changed.
+    """
+    places = [(pages, b) for pages in layers for b in range(pages.n_rows) if _is_ready(pages, b)]
+    if not places:
+        return
+    rows = [pages.near.row(b) for pages, b in places]
+    oldest = [x[:, :PAGE_TOKENS] for row in rows for x in (row.window_keys, row.window_values)]
+    hosted, ready = start_to_host(oldest)
+    aheads = [pages.forests[b].ahead() for pages, b in places]
+    moves = [
+        Move(pages.layer, b, ahead.forest, keys, values)
+        for (pages, b), ahead, keys, values in zip(places, aheads, hosted[::2], hosted[1::2], strict=True)
+    ]
+    job = inserter.submit(recorder, moves, ready)
+    for (pages, b), ahead in zip(places, aheads, strict=True):
+        pages.handed[b] = Handed(ahead, PAGE_TOKENS, job)
+
+
+def _is_ready(pages: LayerPages, b: int) -> bool:
+    if not pages.forests or pages.handed[b] is not None:
+        return False
+    window = pages.layout.window_tokens
+    first = max(window, PAGE_TOKENS)
+    last = max(first, window + PAGE_TOKENS - _LEAST_LEAD)
+    return first <= pages.near.window_count(b) <= last
+
+
+def adopt_due(recorder: Recorder, layers: Sequence[LayerPages]) -> None:
+    """Let the forests adopt what was handed over and is due, and the windows drop it; waits for what is late.
+
+    Rows that changed in another way since keep their tokens in the window.
+
+    Raises
+    ------
+    BadTensorError, PoolExhaustedError
+        What the insert met. All tokens of that insert are still in their windows, and are no longer on the way.
+    """
+    due = [
+        (pages, b, handed)
+        for pages in layers
+        for b, n in enumerate(pages.due())
+        if (handed := pages.handed[b]) is not None and handed.n_tokens <= n
+    ]
+    for job in dict.fromkeys(handed.job for _, _, handed in due):
+        _wait_for(job, recorder, layers)
+    for pages, b, handed in due:
+        forest = pages.forests[b]
+        before, counts = len(forest), [0] * pages.n_rows
+        try:
+            forest.adopt(handed.ahead)
+        finally:  # also after Ctrl-C: in the forest and in the window would be twice
+            pages.handed[b] = None
+            counts[b] = len(forest) - before
+            pages.near.drop_oldest(counts)
+            pages.changes += 1
+
+
+def _wait_for(job: Future[None], recorder: Recorder, layers: Sequence[LayerPages]) -> None:
+    if not job.done():
+        with recorder.part("insert_wait"):
+            job.exception()
+    error = job.exception()
+    if error is None:
+        return
+    for pages in layers:
+        pages.handed = [None if handed is not None and handed.job is job else handed for handed in pages.handed]
+    raise error
