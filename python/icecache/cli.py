@@ -47,6 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--budgets", type=count_list, metavar="N,N,...", help="tokens attended (default 256)")
     bench.add_argument("--batches", type=count_list, metavar="N,N,...", help="sequences decoded together (default 1)")
     bench.add_argument("--methods", type=task_list, metavar="A,B,...", help="default ice,hf,flash-graph")
+    bench.add_argument(
+        "--only",
+        type=task_list,
+        metavar="M@N,...",
+        help="single cells: ice@36k, ice@64kx4 (batch 4), ice@128k:1024 (budget)",
+    )
+    bench.add_argument("--stop-after-s", type=float, metavar="S", help="begin no cell later; the next run goes on")
     bench.add_argument("--steps", type=int, metavar="N", help="tokens timed a cell (default 64)")
     bench.add_argument("--prompt", action="store_true", default=None, help="compute prompts: time to the first token")
     bench.add_argument("--device", help="cuda (default) or cpu")

@@ -12,17 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from icecache.bench.methods import start
+from icecache.bench.methods import Decoding, start
 from icecache.bench.shapes import SHAPES
 from icecache.bench.synthetic import Content
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from icecache.runtime import IceRuntime
 
-WARM_UP_TOKENS = 2048
-"""Of a prompt, before its time is taken: kernels are loaded by then."""
 WARM_UP_STEPS = 4
 """The first step captures the graph or loads kernels, the others fill allocators."""
 
@@ -62,7 +59,10 @@ class Outcome:
     first_ms : float
         The first step: capture, or loading of kernels.
     fill_s : float
-        Writing the cache: the build of the index for ours, and with `prompt` the time to the first token.
+        Writing the cache: the build of the index for ours, and with `prompt` the time to the first token, after a short
+        prompt and two tokens that are not timed.
+    tt2t_s : float
+        With `prompt`: time to the second token.
     kv_device_bytes : int
         Most bytes on the device beyond the weights while decoding, workspaces included.
     kv_host_bytes : int
@@ -74,10 +74,13 @@ class Outcome:
     tpot_ms_mean: float = float("nan")
     first_ms: float = float("nan")
     fill_s: float = float("nan")
+    tt2t_s: float = float("nan")
     kv_device_bytes: int = 0
     kv_host_bytes: int = 0
     search_us_layer: float = float("nan")
     """Mean time from a request of a layer to its answer, microseconds."""
+    insert_wait_ms: float = 0.0
+    """How long the timed steps waited for inserts that were late, in all."""
     attended: float = float("nan")
     """Mean tokens attended per KV head and step."""
     fill_parts_ms: dict[str, float] = field(default_factory=dict)
@@ -168,14 +171,18 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
             generator = torch.Generator(device).manual_seed(cell.seed)
             size = (cell.batch, cell.context)
             prompt = torch.randint(3, shape.vocab_size, size, generator=generator, device=device)
-            model(prompt[:, :WARM_UP_TOKENS], use_cache=False)
         n_new = cell.steps + WARM_UP_STEPS
         _wait(device)
         began = time.perf_counter()
         decoding = start(cell.method, model, content, budget=cell.budget, n_new=n_new, prompt=prompt)
         try:
+            started_s = _seconds_since(began, device)
+            decoding.warm_up()
             _wait(device)
-            fill_s = time.perf_counter() - began
+            began = time.perf_counter()
+            decoding.fill()
+            fill_s = started_s + _seconds_since(began, device)
+            host_bytes = _host_bytes(decoding, cell.method, content)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             warm = [_timed(decoding.step) for _ in range(WARM_UP_STEPS)]
@@ -186,29 +193,37 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
                 decoding.runtime.reset_stats()
             times = [_timed(decoding.step) for _ in range(cell.steps)]
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-            search_us, attended = _what_was_read(decoding.runtime, content.n_layers)
+            stats = None if decoding.runtime is None else decoding.runtime.stats()
         finally:
             decoding.close()
+    nan = float("nan")
     return Outcome(
         tpot_ms_p50=float(np.median(times)),
         tpot_ms_p99=float(np.percentile(times, 99)),
         tpot_ms_mean=float(np.mean(times)),
         first_ms=warm[0],
         fill_s=fill_s,
+        tt2t_s=fill_s + warm[0] / 1e3 if cell.prompt else nan,
         kv_device_bytes=max(peak - on_device, 0),
-        kv_host_bytes=decoding.host_bytes,
+        kv_host_bytes=host_bytes,
         fill_parts_ms=parts,
-        search_us_layer=search_us,
-        attended=attended,
+        search_us_layer=nan if stats is None else stats.ms["search"] * 1e3 / max(stats.steps, 1) / content.n_layers,
+        insert_wait_ms=0.0 if stats is None else stats.ms["insert_wait"],
+        attended=nan if stats is None else stats.attended_mean,
     )
 
 
-def _what_was_read(runtime: IceRuntime | None, n_layers: int) -> tuple[float, float]:
-    """Microseconds a search of one layer, and tokens attended."""
-    if runtime is None:
-        return float("nan"), float("nan")
-    stats = runtime.stats()
-    return stats.ms["search"] * 1e3 / max(stats.steps, 1) / n_layers, stats.attended_mean
+def _host_bytes(decoding: Decoding, method: str, content: Content) -> int:
+    """Bytes of keys and values on the host."""
+    if decoding.runtime is not None:
+        return decoding.runtime.stats().host_bytes
+    n = 2 * content.n_layers * content.n_rows * content.n_kv_heads * content.n_tokens * content.head_dim
+    return n * content.dtype.itemsize if method == "hf-offload" else 0
+
+
+def _seconds_since(began: float, device: torch.device) -> float:
+    _wait(device)
+    return time.perf_counter() - began
 
 
 def _timed(step: object) -> float:

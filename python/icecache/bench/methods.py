@@ -31,6 +31,8 @@ METHODS = {
 }
 
 
+WARM_UP_TOKENS = 2048
+"""Of a prompt, before its time is taken: enough for pages to be built and a step to be captured."""
 CHUNK_TOKENS = 1 << 17
 """Longest piece of a prompt computed at once: activations of more do not fit beside an 8B model."""
 
@@ -42,10 +44,12 @@ class Decoding:
     ----------
     step : callable
         Decode one token; ids (B, 1), asynchronously.
+    fill : callable
+        Compute the prompt, or write the made-up keys and values; before the first step.
+    warm_up : callable
+        Do all of it once with a short prompt, so that what is done at first use only is done.
     close : callable
         Free everything and restore the model.
-    host_bytes : int
-        Bytes of keys and values on the host, when decoding starts.
     runtime : IceRuntime or None
         Ours.
     """
@@ -53,17 +57,18 @@ class Decoding:
     def __init__(
         self,
         step: Callable[[], torch.Tensor],
+        fill: Callable[[], None],
+        warm_up: Callable[[], None],
         close: Callable[[], object],
-        host_bytes: int = 0,
         runtime: IceRuntime | None = None,
     ) -> None:
-        self.step, self.close, self.host_bytes, self.runtime = step, close, host_bytes, runtime
+        self.step, self.fill, self.warm_up, self.close, self.runtime = step, fill, warm_up, close, runtime
 
 
 def start(
     method: str, model: PreTrainedModel, content: Content, *, budget: int, n_new: int, prompt: torch.Tensor | None
 ) -> Decoding:
-    """Fill a cache and make it ready to decode `n_new` tokens.
+    """Make a method ready to be filled and to decode `n_new` tokens then.
 
     Parameters
     ----------
@@ -83,32 +88,49 @@ def start(
         raise ConfigError(msg)
     if method == "flash-graph":
         static = StaticGraph(model, content, n_new)
-        return Decoding(static.step, static.close)
+        return Decoding(static.step, _nothing, _nothing, static.close)
     if method in ("hf", "hf-offload"):
-        offloaded = method == "hf-offload"
-        cache = DynamicCache(config=model.config, offloading=True) if offloaded else DynamicCache(config=model.config)
-        _fill(model, cache, content, prompt)
-        n_bytes = 2 * content.n_layers * content.n_rows * content.n_kv_heads * content.n_tokens * content.head_dim
-        host = n_bytes * content.dtype.itemsize if offloaded else 0
         # cuDNN's attention plans each new length anew, 2 ms a layer on an H100 with torch 2.11: off for their own good.
         cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         torch.backends.cuda.enable_cudnn_sdp(False)
-        return Decoding(_greedy(model, cache, content), lambda: torch.backends.cuda.enable_cudnn_sdp(cudnn), host)
+        offloads = method == "hf-offload"
+        new_cache = lambda: DynamicCache(config=model.config, offloading=offloads)  # noqa: E731
+        return _decoding(model, new_cache, content, prompt, lambda: torch.backends.cuda.enable_cudnn_sdp(cudnn))
     if method not in METHODS:
         msg = f"method must be one of {', '.join(METHODS)}, got {method!r}"
         raise ConfigError(msg)
     decode = "auto" if method in ("ice", "ice-6") else "eager"
     runtime = IceRuntime.wrap(model, budget=budget, decode=decode, candidates_per_page=6 if method == "ice-6" else 24)
-    try:
-        if method == "ice-no-search":
-            runtime._hooks.decode_with(GraphDecoder(model, runtime._engine, FixedPages(content.seed)))
-        cache = runtime.new_cache()
-        _fill(model, cache, content, prompt)
-    except BaseException:
-        runtime.unwrap()
-        raise
-    host = runtime.stats().host_bytes
-    return Decoding(_greedy(model, cache, content), runtime.unwrap, host, runtime)
+    if method == "ice-no-search":
+        runtime._hooks.decode_with(GraphDecoder(model, runtime._engine, FixedPages(content.seed)))
+    return _decoding(model, runtime.new_cache, content, prompt, runtime.unwrap, runtime)
+
+
+def _nothing() -> None:
+    """Leave a method alone that `start` makes whole."""
+
+
+def _decoding(
+    model: PreTrainedModel,
+    new_cache: Callable[[], Cache],
+    content: Content,
+    prompt: torch.Tensor | None,
+    close: Callable[[], object],
+    runtime: IceRuntime | None = None,
+) -> Decoding:
+    """Decode greedily with a cache of Hugging Face's interface."""
+    cache = new_cache()
+
+    def warm_up() -> None:
+        if prompt is not None:
+            short = new_cache()
+            _fill(model, short, content, prompt[:, :WARM_UP_TOKENS])
+            step = _greedy(model, short, content)
+            step(), step()
+
+    return Decoding(
+        _greedy(model, cache, content), lambda: _fill(model, cache, content, prompt), warm_up, close, runtime
+    )
 
 
 def _fill(model: PreTrainedModel, cache: Cache, content: Content, prompt: torch.Tensor | None) -> None:

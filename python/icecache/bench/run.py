@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _BUDGETED = "ice"
+_CELL = re.compile(
+    r"(?P<method>[a-z0-9-]+)@(?P<context>[1-9]\d*)(?P<unit>[kK]?)(x(?P<batch>[1-9]\d*))?(:(?P<budget>\d+))?"
+)
+_FIGURES = ("tpot_ms_p50", "tpot_ms_p99", "search_us_layer", "fill_s", "tt2t_s", "first_ms")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +39,11 @@ class BenchOptions:
         A key of `SHAPES`; weights are random.
     steps : int
         Tokens timed per cell.
+    only : tuple of str
+        ``METHOD@CONTEXT``, ``METHOD@CONTEXTxBATCH``, either with ``:BUDGET`` behind: these cells instead of all
+        combinations. "ice@64kx4:1024" decodes 4 sequences of 65,536 tokens.
+    stop_after_s : float or None
+        No cell is begun later than this many seconds after the start; the next run goes on.
     out : Path
         Folder for ``bench.jsonl`` (one line a cell, saved as it ends; a second run goes on), ``bench.txt`` and
         ``bench.png``.
@@ -54,6 +65,8 @@ class BenchOptions:
     seed: int = 0
     device: str = "cuda"
     prompt: bool = False
+    only: tuple[str, ...] = ()
+    stop_after_s: float | None = None
     out: Path = Path("bench-out")
 
     def __post_init__(self) -> None:
@@ -72,9 +85,12 @@ class BenchOptions:
         if self.steps < 1:
             msg = f"steps must be >= 1, got {self.steps}"
             raise ConfigError(msg)
+        self.cells()
 
     def cells(self) -> list[Cell]:
-        """Every combination, baselines once per context and batch."""
+        """Cells of `only`, or every combination, baselines once per context and batch."""
+        if self.only:
+            return [self._named(text) for text in self.only]
         cells = []
         for context in self.contexts:
             for batch in self.batches:
@@ -82,6 +98,14 @@ class BenchOptions:
                     budgets = self.budgets if method.startswith(_BUDGETED) else self.budgets[:1]
                     cells += [self._cell(context, batch, method, budget) for budget in budgets]
         return cells
+
+    def _named(self, text: str) -> Cell:
+        found = _CELL.fullmatch(text)
+        if found is None or found["method"] not in METHODS:
+            msg = f"only must be METHOD@CONTEXT, METHOD@CONTEXTxBATCH, either with :BUDGET behind, got {text!r}"
+            raise ConfigError(msg)
+        context = int(found["context"]) * (1024 if found["unit"] else 1)
+        return self._cell(context, int(found["batch"] or 1), found["method"], int(found["budget"] or self.budgets[0]))
 
     def _cell(self, context: int, batch: int, method: str, budget: int) -> Cell:
         return Cell(
@@ -102,14 +126,16 @@ def run_bench(options: BenchOptions) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         msg = "device must be 'cpu' here: torch finds no CUDA device"
         raise ConfigError(msg)
-    cells = options.cells()
+    cells, began = options.cells(), time.monotonic()
     results = Results(options.out / "bench.jsonl", machine(device))
     model: PreTrainedModel | None = None
     for cell in tqdm(cells, desc="cells", disable=not sys.stderr.isatty()):
         if results.find(cell) is not None:
             continue
+        if options.stop_after_s is not None and time.monotonic() - began > options.stop_after_s:
+            break
         if model is None:
-            longest = max(options.contexts) + options.steps + 64
+            longest = max(cell.context for cell in cells) + options.steps + 64
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             model = random_model(options.shape, device, dtype, max_tokens=longest, seed=options.seed)
         outcome = measure(model, cell)
@@ -145,6 +171,7 @@ def table(lines: Sequence[dict[str, object]]) -> str:
         "p99",
         "search us",
         "fill s",
+        "TT2T s",
         "first ms",
         "device GiB",
         "host GiB",
@@ -153,10 +180,9 @@ def table(lines: Sequence[dict[str, object]]) -> str:
     for line in lines:
         cell = line["cell"]
         assert isinstance(cell, dict)
-        figures = [
-            "-" if line[name] != line[name] else f"{line[name]:.2f}"
-            for name in ("tpot_ms_p50", "tpot_ms_p99", "search_us_layer", "fill_s", "first_ms")
-        ]
+        # Lines of earlier versions know less.
+        values = (line.get(name, float("nan")) for name in _FIGURES)
+        figures = ["-" if value != value else f"{value:.2f}" for value in values]
         gib = [f"{float(str(line[name])) / 2**30:.2f}" for name in ("kv_device_bytes", "kv_host_bytes")]
         budget = str(cell["budget"]) if cell["budget"] else "all"
         rows.append([str(cell["context"]), str(cell["batch"]), str(cell["method"]), budget, *figures, *gib])
