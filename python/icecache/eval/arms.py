@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Literal, TypeAlias
 
 from icecache.config import PAGE_TOKENS, IceConfig
 from icecache.errors import ConfigError
-from icecache.policies import POLICIES
+from icecache.policies import POLICIES, make_policy, matched_dense_layers, published_dense_layers
 
 CONTROLS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -24,7 +24,8 @@ CONTROLS: Final[Mapping[str, str]] = MappingProxyType(
 BUDGETED: Final = frozenset({"random", "streaming"})
 """Controls that run at every budget; the others have none."""
 DENSE: Final = frozenset({"full", "no-context", "full-eager"})
-"""Arms that attend to all they have."""
+"""Arms that attend to all they have: the model runs as it is."""
+DenseLayers: TypeAlias = Literal["matched", "published"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ class Arm:
     def name(self) -> str:
         """As records have it: "icecache@64", "full"."""
         return self.policy if self.budget is None else f"{self.policy}@{self.budget}"
+
+    @property
+    def runs(self) -> str:
+        """Name of the policy that runs."""
+        return "icecache" if self.policy == "exact" else self.policy
 
 
 def plan_arms(policies: tuple[str, ...], budgets: tuple[int, ...], controls: tuple[str, ...]) -> tuple[Arm, ...]:
@@ -123,6 +129,39 @@ def _read_value(key: str, text: str, kind: str) -> object:
             msg = f"--set {key} must be an integer, got {text!r}"
             raise ConfigError(msg) from error
     return text
+
+
+def check_arms(arms: Sequence[Arm], base: IceConfig) -> None:
+    """Refuse arms whose budget does not suit their policy.
+
+    Raises
+    ------
+    ConfigError
+        Naming the arm.
+    """
+    for arm in arms:
+        if arm.policy in DENSE:
+            continue
+        try:
+            make_policy(arm.runs, arm_config(arm, base))
+        except ConfigError as error:
+            msg = f"{arm.name}: {error}"
+            raise ConfigError(msg) from error
+
+
+def dense_layers(arm: Arm, mode: DenseLayers, n_layers: int) -> tuple[int, ...]:
+    """Layers that an arm keeps dense.
+
+    Parameters
+    ----------
+    arm : Arm
+        Which.
+    mode : {"matched", "published"}
+        The same in all arms, or as the policy was published.
+    n_layers : int
+        Of the model.
+    """
+    return matched_dense_layers(n_layers) if mode == "matched" else published_dense_layers(arm.runs, n_layers)
 
 
 def arm_config(arm: Arm, base: IceConfig, n_tokens: int = 0) -> IceConfig:

@@ -8,10 +8,9 @@ from typing import Final, Literal, TypeAlias, get_args
 
 from icecache.config import IceConfig
 from icecache.errors import ConfigError
-from icecache.eval.arms import CONTROLS, Arm, arm_config, parse_settings, plan_arms
+from icecache.eval.arms import CONTROLS, Arm, DenseLayers, check_arms, parse_settings, plan_arms
 from icecache.eval.record import SETUPS, Setup
 
-DenseLayers: TypeAlias = Literal["matched", "published"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 SHIPPED: Final = "needle-3m"
 
@@ -98,8 +97,7 @@ class EvalOptions:
         if self.out.exists() and not self.out.is_dir():
             msg = f"--out must be a folder, got the file {self.out}"
             raise ConfigError(msg)
-        for arm in self.arms():
-            arm_config(arm, self.base_config())
+        check_arms(self.arms(), self.base_config())
 
     def arms(self) -> tuple[Arm, ...]:
         """All arms, full attention first."""

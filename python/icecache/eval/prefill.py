@@ -5,6 +5,7 @@ Arms whose pages are cut alike share one index: the first of them builds it, the
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Iterator, Sequence
@@ -19,13 +20,17 @@ from icecache.eval.arms import DENSE, Arm, arm_config
 from icecache.eval.greedy import prefill_tokens
 from icecache.eval.record import ArmStats, Setup, finite
 from icecache.eval.render import Prompt
+from icecache.hf.cache import RetrievalLayer
+from icecache.policies import Prefill
 from icecache.runtime import IceRuntime
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 # Policies that read the same pages: they differ in how these are chosen.
-SHARED_PAGES: Final = frozenset({"icecache", "exact", "page-oracle", "random"})
+SHARED_PAGES: Final = frozenset({"icecache", "page-oracle", "random"})
+# Policies that want the attention summed over the prompt: a second pass over all logits.
+WANT_ATTENTION: Final = frozenset({"h2o"})
 # Scores of one chunk of an eager prefill: batch x query heads x chunk x context, in float32.
 EAGER_BYTES: Final = 1 << 30
 
@@ -41,7 +46,7 @@ class Prefilled:
     setup : {"A", "B"}
         What the cache holds.
     cache : Cache
-        Dense; no arm changes it.
+        Dense, with what policies noted of the prompt; no arm changes it.
     seconds : float
         The prefill took so long.
     pages : dict
@@ -61,7 +66,14 @@ class Prefilled:
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, prompts: Sequence[Prompt], setup: Setup, *, bare: bool = False) -> Prefilled:
+def prefill(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    setup: Setup,
+    *,
+    bare: bool = False,
+    notes: Prefill | None = None,
+) -> Prefilled:
     """Process the contexts of a batch with the model's own dense attention.
 
     Parameters
@@ -74,18 +86,43 @@ def prefill(model: PreTrainedModel, prompts: Sequence[Prompt], setup: Setup, *, 
         Whether the question is part of it.
     bare : bool, default=False
         Leave the context out ("no-context"); the question comes token by token.
+    notes : Prefill or None, default=None
+        What to note for the policies that will take the cache over; None: nothing.
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
     began = time.perf_counter()
     rows = [prompt.bare if bare else prefill_tokens(prompt, setup) for prompt in prompts]
-    if rows[0]:
-        tokens = torch.tensor(rows, device=model.device)
-        # The logits of a context are never read; one row of them instead of thousands.
-        model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    synchronize(model)
+    with contextlib.ExitStack() as stack:
+        if notes is None:
+            cache = DynamicCache(config=model.config)
+        else:
+            cache = stack.enter_context(IceRuntime.wrap(model, policy=notes)).new_cache()
+        if rows[0]:
+            tokens = torch.tensor(rows, device=model.device)
+            # The logits of a context are never read; one row of them instead of thousands.
+            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        synchronize(model)
     return Prefilled(prompts, "B" if bare else setup, cache, time.perf_counter() - began)
+
+
+def what_to_note(arms: Sequence[Arm]) -> Prefill | None:
+    """Say what a prefill has to note for these arms; None: pages and dense arms need nothing."""
+    needy = {arm.runs for arm in arms} - SHARED_PAGES - DENSE - {"streaming"}
+    return Prefill(attention=bool(needy & WANT_ATTENTION)) if needy else None
+
+
+def plain_copy(cache: Cache, model: PreTrainedModel) -> Cache:
+    """Copy a dense cache, ours or transformers' own, into one that the bare model takes."""
+    from transformers import DynamicCache
+
+    copied = DynamicCache(config=model.config)
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, RetrievalLayer):
+            copied.layers[i] = copy.deepcopy(layer)
+        elif (pair := layer.dense_pair()) is not None:
+            copied.layers[i].update(*(tensor.clone() for tensor in pair))
+    return copied
 
 
 @torch.inference_mode()
@@ -146,17 +183,18 @@ class Session:
         """
         if self.runtime is None:
             attended = n_first + (n_steps + 1) / 2
-            return ArmStats(attended, attended, 0, 0, 1.0, ttft_s, tpot_s, rows=rows)
+            return ArmStats(attended, attended, 0, 0, 1.0, ttft_s, tpot_s, generated_kept="all", rows=rows)
         seen = self.runtime.stats()
         return ArmStats(
             attended=seen.attended_mean,
-            loaded=seen.attended_mean,
+            loaded=seen.loaded_mean,
             pages=seen.pages_read,
             bytes=seen.bytes_to_device,
             mass=finite(seen.mass_kept),
             ttft_s=ttft_s,
             tpot_s=tpot_s,
-            dense_layers=self.runtime.config.dense_layers,
+            dense_layers=seen.dense_layers,
+            generated_kept=seen.generated_kept,
             rows=rows,
         )
 
@@ -172,18 +210,17 @@ def attend(model: PreTrainedModel, arm: Arm, base: IceConfig, prefilled: Prefill
     arm : Arm
         Which.
     base : IceConfig
-        Settings all arms share.
+        Settings of the arm but for its budget.
     prefilled : Prefilled
         The batch; for "no-context" and "full-eager" made for this arm.
     """
     if arm.policy in DENSE:
         with attention_kernel(model, "eager" if arm.policy == "full-eager" else model.config._attn_implementation):
-            yield Session(copy.deepcopy(prefilled.cache))
+            yield Session(plain_copy(prefilled.cache, model))
         return
     config = arm_config(arm, base, prefilled.n_tokens)
-    policy = "icecache" if arm.policy == "exact" else arm.policy
-    source, build_s = _source(model, policy, config, prefilled)
-    with IceRuntime.wrap(model, config, policy=policy) as runtime:
+    source, build_s = _source(model, arm.runs, config, prefilled)
+    with IceRuntime.wrap(model, config, policy=arm.runs) as runtime:
         began = time.perf_counter()
         cache = runtime.adopt(source)
         yield Session(cache, build_s + time.perf_counter() - began, runtime)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icecache.config import IceConfig
-from icecache.eval.arms import Arm
+from icecache.eval.arms import Arm, dense_layers
 from icecache.eval.folder import RunFolder, check_folder
 from icecache.eval.greedy import Answer, answer_greedily
 from icecache.eval.machine import describe_run, this_command
 from icecache.eval.model import ModelSource, check_device, load_model, open_model
 from icecache.eval.options import EvalOptions
 from icecache.eval.plan import Cell, batches, make_cells
-from icecache.eval.prefill import Prefilled, attend, attention_kernel, prefill, prefill_eagerly
+from icecache.eval.prefill import Prefilled, attend, attention_kernel, prefill, prefill_eagerly, what_to_note
 from icecache.eval.progress import Progress, as_time
 from icecache.eval.record import ArmStats, Json, Manifest, Record, Setup
 from icecache.eval.render import Prompt
@@ -186,7 +186,7 @@ class Runner:
                 with attention_kernel(self.model, "eager"):
                     own = prefill_eagerly(self.model, job.prompts, job.setup)
             else:
-                own = shared = shared or prefill(self.model, job.prompts, job.setup)
+                own = shared = shared or prefill(self.model, job.prompts, job.setup, notes=what_to_note(job.arms))
             answers, stats = self._attend(arm, own)
             yield (
                 arm,
@@ -197,7 +197,8 @@ class Runner:
             )
 
     def _attend(self, arm: Arm, prefilled: Prefilled) -> tuple[list[Answer], ArmStats]:
-        with attend(self.model, arm, self.base, prefilled) as session:
+        dense = dense_layers(arm, self.options.dense_layers, self.source.n_layers)
+        with attend(self.model, arm, replace(self.base, dense_layers=dense), prefilled) as session:
             n_first = session.cache.get_seq_length()
             answers, timing = answer_greedily(
                 self.model, self.source.tokenizer, prefilled.prompts, session.cache, prefilled.setup

@@ -13,6 +13,7 @@ from icecache.eval.longbench.suite import AUTHORS as LONGBENCH_AUTHORS
 from icecache.eval.longbench.suite import CLEAN as LONGBENCH_CLEAN
 from icecache.eval.longbench.suite import SUITE as LONGBENCH
 from icecache.eval.needle.suite import SUITE as NEEDLE
+from icecache.eval.passkey import SUITE as PASSKEY
 from icecache.eval.ruler.suite import OFFLINE as RULER_OFFLINE
 from icecache.eval.ruler.suite import SUITE as RULER
 from icecache.eval.task import Suite, Task
@@ -22,6 +23,7 @@ SUITES: Final[Mapping[str, Suite]] = MappingProxyType(
         suite.name: suite
         for suite in (
             NEEDLE,
+            PASSKEY,
             *(RULER, RULER_OFFLINE),
             *(LONGBENCH, LONGBENCH_AUTHORS, LONGBENCH_CLEAN),
             *(GSM8K, GSM8K_AUTHORS),
@@ -72,4 +74,4 @@ def choose_tasks(suites: tuple[str, ...], tasks: tuple[str, ...] = ()) -> tuple[
     if tasks:
         return tuple(offered[name] for name in dict.fromkeys(tasks))
     chosen = [t for name in suites for t in SUITES[name].tasks if t.name in (SUITES[name].default_tasks or offered)]
-    return tuple(chosen)
+    return tuple({task.name: task for task in chosen}.values())  # suites may share tasks

@@ -32,7 +32,10 @@ def _options(out, **changes):
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     lines = []
-    run_eval(_options(out, setup=("A", "B")), write=lines.append, command=["icecache", "eval", "run"])
+    policies = ("icecache", "snapkv", "quest")
+    run_eval(
+        _options(out, setup=("A", "B"), policies=policies), write=lines.append, command=["icecache", "eval", "run"]
+    )
     return out, lines
 
 
@@ -45,7 +48,17 @@ def _scores(folder):
 
 def test_every_arm_answers_every_sample_in_both_setups(run):
     scores = _scores(run[0])
-    arms = {"full", "exact", "random@64", "streaming@64", "no-context", "full-eager", "icecache@64"}
+    arms = {
+        "full",
+        "exact",
+        "random@64",
+        "streaming@64",
+        "no-context",
+        "full-eager",
+        "icecache@64",
+        "snapkv@64",
+        "quest@64",
+    }
     assert set(scores) == {(arm, setup) for arm in arms for setup in "AB"}
     assert all(len(values) == 3 for values in scores.values())
     for setup in "AB":
@@ -63,6 +76,10 @@ def test_exact_gives_the_tokens_of_full_and_arms_are_charged_what_they_read(run)
         assert full.stats.attended > 450
         assert 64 < by_arm["icecache@64"][key].stats.attended <= 64 + 16
         assert by_arm["streaming@64"][key].stats.attended == 65
+        quest = by_arm["quest@64"][key].stats
+        assert 48 < quest.attended <= 80
+        assert quest.loaded > 1.2 * quest.attended  # each query head has pages of its own
+        assert by_arm["snapkv@64"][key].stats.generated_kept == "all"
         assert by_arm["no-context"][key].n_prompt < 40
         assert by_arm["no-context"][key].prompt_sha256 == full.prompt_sha256
 
@@ -82,7 +99,10 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(run, tmp_pat
     shutil.copy(run[0] / MANIFEST, tmp_path)
     # Killed inside a batch, and inside a line.
     (tmp_path / SAMPLES).write_bytes(b"".join(whole[:23]) + whole[23][:100])
-    run_eval(_options(tmp_path, setup=("A", "B"), resume=True), write=lambda _: None)
+    run_eval(
+        _options(tmp_path, setup=("A", "B"), policies=("icecache", "snapkv", "quest"), resume=True),
+        write=lambda _: None,
+    )
     resumed = {r.key: (r.prediction, r.score, r.prompt_sha256) for r in read_records(tmp_path)}
     assert resumed == {r.key: (r.prediction, r.score, r.prompt_sha256) for r in read_records(run[0])}
     lines = (tmp_path / SAMPLES).read_bytes().splitlines(keepends=True)
@@ -91,7 +111,10 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(run, tmp_pat
     assert len(read_manifest(tmp_path).parts) == 2
     # Nothing left: the model is not even loaded.
     before = (tmp_path / SAMPLES).read_bytes()
-    run_eval(_options(tmp_path, setup=("A", "B"), resume=True), write=lambda _: None)
+    run_eval(
+        _options(tmp_path, setup=("A", "B"), policies=("icecache", "snapkv", "quest"), resume=True),
+        write=lambda _: None,
+    )
     assert (tmp_path / SAMPLES).read_bytes() == before
 
 
