@@ -13,6 +13,7 @@ from torch import Tensor
 
 from icecache.eval.record import Setup
 from icecache.eval.render import Prompt
+from icecache.hf.names import cache_argument
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +141,7 @@ def prefill_tokens(prompt: Prompt, setup: Setup) -> tuple[int, ...]:
 
 def step(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Tensor:
     """Feed one token a row, `(B, 1)`; return its logits `(B, vocabulary)`."""
-    logits: Tensor = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+    logits: Tensor = model(input_ids=tokens, use_cache=True, **cache_argument(cache)).logits
     return logits[:, -1]
 
 

@@ -21,6 +21,7 @@ from icecache.eval.greedy import prefill_tokens
 from icecache.eval.record import ArmStats, Setup, finite
 from icecache.eval.render import Prompt
 from icecache.hf.cache import RetrievalLayer
+from icecache.hf.names import cache_argument
 from icecache.policies import Prefill
 from icecache.runtime import IceRuntime
 
@@ -101,7 +102,7 @@ def prefill(
         if rows[0]:
             tokens = torch.tensor(rows, device=model.device)
             # The logits of a context are never read; one row of them instead of thousands.
-            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=tokens, use_cache=True, logits_to_keep=1, **cache_argument(cache))
         synchronize(model)
     return Prefilled(prompts, "B" if bare else setup, cache, time.perf_counter() - began)
 
@@ -137,7 +138,7 @@ def prefill_eagerly(model: PreTrainedModel, prompts: Sequence[Prompt], setup: Se
     chunk = max(1, EAGER_BYTES // (4 * len(tokens) * n_heads * tokens.shape[1]))
     for start in range(0, tokens.shape[1], chunk):
         piece = tokens[:, start : start + chunk]
-        model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=piece, use_cache=True, logits_to_keep=1, **cache_argument(cache))
     synchronize(model)
     return Prefilled(prompts, setup, cache, time.perf_counter() - began)
 
