@@ -16,12 +16,13 @@ import torch
 
 from icecache.demo.options import BUDGETS
 from icecache.eval.needle import Sample
-from icecache.eval.needle.runner import Outcome, answer, full_attention, prefill
+from icecache.eval.needle.runner import Outcome, as_prompt, ask
+from icecache.eval.prefill import plain_copy, prefill
 from icecache.runtime import IceRuntime
 from icecache.stats import TraceEvent
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 Kind = Literal["full", "icecache", "streaming"]
 LABELS: Final[dict[Kind, str]] = {"full": "full KV", "icecache": "IceCache", "streaming": "StreamingLLM"}
@@ -113,12 +114,14 @@ class Bench:
     ----------
     model : PreTrainedModel
         The shipped model, not wrapped.
+    tokenizer : PreTrainedTokenizerBase
+        Its tokenizer.
     threads : int
         Threads of prefill and index.
     """
 
-    def __init__(self, model: PreTrainedModel, threads: int) -> None:
-        self.model, self.threads = model, threads
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, threads: int) -> None:
+        self.model, self.tokenizer, self.threads = model, tokenizer, threads
         self.trace: list[TraceEvent] = []
 
     def measure(self, sample: Sample, *, traced: bool = False) -> Iterator[Measurement | str]:
@@ -138,7 +141,7 @@ class Bench:
         """
         began = time.perf_counter()
         with torch_threads(self.threads):
-            prefilled = prefill(self.model, [sample])
+            prefilled = prefill(self.model, [as_prompt(sample)], "B").cache
         prefill_seconds = time.perf_counter() - began
         yield "prefill"
         base = self._wrap(Arm("icecache", BUDGETS[0]), self.threads)
@@ -164,11 +167,11 @@ class Bench:
             self.model, policy=arm.kind, budget=arm.budget, dense_below=0, sparse_prefill=True, threads=threads
         )
 
-    def _full(self, sample: Sample, prefilled: DynamicCache, prefill_seconds: float) -> Measurement:
+    def _full(self, sample: Sample, prefilled: Cache, prefill_seconds: float) -> Measurement:
         n_context = prefilled.get_seq_length()
-        with full_attention(prefilled) as cache:
-            (outcome,) = answer(self.model, [sample], cache)
-            held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        cache = plain_copy(prefilled, self.model)
+        (outcome,) = ask(self.model, self.tokenizer, [sample], cache)
+        held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         attended = n_context + (outcome.n_steps + 1) / 2
         return Measurement(Arm("full"), outcome, attended, held, 0, prefill_seconds, 0.0, 1.0)
 
@@ -176,7 +179,7 @@ class Bench:
         self,
         arm: Arm,
         sample: Sample,
-        source: DynamicCache,
+        source: Cache,
         prefill_seconds: float,
         index_seconds: float | None,
         owner: IceRuntime | None = None,
@@ -188,7 +191,7 @@ class Bench:
             cache = runtime.adopt(source)
             adopt_seconds = time.perf_counter() - began
             runtime.trace = keep.append if keep is not None else None
-            (outcome,) = answer(self.model, [sample], cache)
+            (outcome,) = ask(self.model, self.tokenizer, [sample], cache)
             stats = runtime.stats()
             host_bytes = (owner or runtime).stats().host_bytes
         return Measurement(

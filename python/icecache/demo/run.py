@@ -17,7 +17,7 @@ from icecache.demo.table import render, table_rows, to_json
 from icecache.eval.needle import TASKS, Sample, load_needle, make_samples
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Whose first sample is written out and drawn: answers short enough to read, needles far apart.
 SHOWCASE_TASKS: Final = ("vt3", "kv32", "passkey", "gsm", "chase8")
@@ -50,9 +50,9 @@ def verdicts(measured: list[Measurement]) -> str:
     return f"prefill {measured[0].prefill_seconds:.1f} s; " + ", ".join(marks)
 
 
-def warm_up(model: PreTrainedModel) -> None:
+def warm_up(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Run a short sample through every arm, so that the first measured one does not pay for lazy set-up."""
-    for _ in Bench(model, 1).measure(make_samples("passkey", WARM_UP_LENGTH, 1)[0]):
+    for _ in Bench(model, tokenizer, 1).measure(make_samples("passkey", WARM_UP_LENGTH, 1)[0]):
         pass
 
 
@@ -91,7 +91,7 @@ def run_demo(options: DemoOptions) -> list[Measurement]:
     began = time.perf_counter()
     cores = options.threads or available_cores()
     options.out.mkdir(parents=True, exist_ok=True)
-    model, _ = load_needle()
+    model, tokenizer = load_needle()
     print(
         f"needle-3m (3.08M parameters, float32), {options.samples} sample(s) of {options.length} tokens a task.\n"
         f"The context is prefilled densely once; prefill and index use {cores} thread(s), the steps one.\n"
@@ -100,10 +100,10 @@ def run_demo(options: DemoOptions) -> list[Measurement]:
     )
     for task in options.tasks:
         print(f"  {task}: {TASKS[task].summary}", flush=True)
-    warm_up(model)
+    warm_up(model, tokenizer)
     samples = draw_samples(options)
     shown = showcase_sample(samples)
-    bench = Bench(model, cores)
+    bench = Bench(model, tokenizer, cores)
     measurements = measure_all(bench, samples, shown)
     report(options, measurements, shown, bench)
     print(f"done in {time.perf_counter() - began:.0f} s")

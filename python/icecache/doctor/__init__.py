@@ -91,11 +91,14 @@ def cuda() -> str:
 def model() -> str:
     """Whether the shipped model loads and answers."""
     from icecache.eval.needle import load_needle, make_samples
-    from icecache.eval.needle.runner import exact_match, full_attention, run_samples
+    from icecache.eval.needle.runner import as_prompt, ask
+    from icecache.eval.prefill import prefill
 
-    loaded, _ = load_needle()
-    outcomes = run_samples(loaded, make_samples("passkey", 512, 1), {"full": full_attention})
-    return "needle-3m loads and finds a passkey" if exact_match(outcomes["full"]) else "needle-3m loads, answer WRONG"
+    loaded, tokenizer = load_needle()
+    samples = make_samples("passkey", 512, 1)
+    cache = prefill(loaded, [as_prompt(samples[0])], "B").cache
+    (outcome,) = ask(loaded, tokenizer, samples, cache)
+    return "needle-3m loads and finds a passkey" if outcome.exact_match else "needle-3m loads, answer WRONG"
 
 
 def bus() -> str:
