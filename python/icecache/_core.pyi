@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 _Bytes = npt.NDArray[np.uint8]
+_At = int | None
 
 def simd() -> str:
     """Name of the instruction set that the loops use on this machine."""
@@ -263,8 +264,10 @@ class Forest:
         """
     def crop(self, n_tokens: int) -> None:
         """Keep the first `n_tokens` tokens; the result equals a build of that prefix."""
-    def read(self, start: int, stop: int, out_keys: _Bytes, out_values: _Bytes) -> None:
-        """Copy the keys and values of tokens start..stop to uint8 arrays (H, stop - start, bytes)."""
+    def read(
+        self, start: int, stop: int, out_keys: _Bytes, out_values: _Bytes, key_at: _At = None, value_at: _At = None
+    ) -> None:
+        """Copy tokens start..stop to uint8 arrays (H, stop - start, bytes), or columns from a byte of [key, value]."""
     def validate(self) -> None:
         """Check every invariant; `RuntimeError` names the first one that does not hold."""
     def index_bytes(self) -> int:
@@ -353,10 +356,19 @@ class Selection:
         """Page summaries scored, (R, H)."""
     def positions(self) -> npt.NDArray[np.int32]:
         """Token of each slot, (R, H, K, 16), live slots first, then -1."""
-    def gather(self, pool: Pool, first: int, last: int, out_keys: _Bytes, out_values: _Bytes) -> int:
+    def gather(
+        self,
+        pool: Pool,
+        first: int,
+        last: int,
+        out_keys: _Bytes,
+        out_values: _Bytes,
+        key_at: _At = None,
+        value_at: _At = None,
+    ) -> int:
         """Copy pages first..last to uint8 arrays (R, H, last - first, 16, bytes); returns the bytes of live rows.
 
-        Live slots come first, unused slots are zeroed.
+        Live slots come first, unused slots are zeroed. `key_at`, `value_at`: other columns, as in `Forest.read`.
         """
 
 class VectorIndex:

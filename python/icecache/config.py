@@ -34,6 +34,11 @@ class IceConfig:
         First tokens of a sequence; always on the compute device. 0 to 4096.
     window_tokens : int, default=32
         Newest tokens of a sequence; always on the compute device. 1 to 65536.
+    reuse : int, default=1
+        Layers that share pages. Of `reuse` retrieval layers in a row (layers of other kinds and `dense_layers` do not
+        count) the first one packs its keys into pages and searches; the others store their own keys and values in the
+        same order and read the pages that the first one has chosen. Packing and searching are done once for all of
+        them, so both get cheaper; what is read gets worse, the more the less the layers attend alike. 1 to 64.
     dense_layers : tuple of int, default=()
         Layers that keep an ordinary dense KV cache.
     dense_below : int, default=1024
@@ -65,6 +70,7 @@ class IceConfig:
     candidates_per_page: int = 24
     sink_tokens: int = 16
     window_tokens: int = 32
+    reuse: int = 1
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 1024
     sparse_prefill: bool = False
@@ -85,6 +91,7 @@ class IceConfig:
         _check_int("candidates_per_page", self.candidates_per_page, 1, 4096)
         _check_int("sink_tokens", self.sink_tokens, 0, 4096)
         _check_int("window_tokens", self.window_tokens, 1, 65536)
+        _check_int("reuse", self.reuse, 1, 64)
         _check_int("dense_below", self.dense_below, 0, 2**40)
         _check_int("seed", self.seed, 0, 2**63 - 1)
         for layer in self.dense_layers:

@@ -14,7 +14,7 @@ from icecache.hf import RETRIEVAL, Engine, ModelHooks, adopt, decoder_for, regis
 from icecache.index.pool import shared_pool
 from icecache.pages import Inserter, Offload, Stores, WholeKV
 from icecache.policies import make_policy
-from icecache.select import Charges, MaskPolicy, Services
+from icecache.select import Charges, MaskPolicy, Services, chooses_pages
 from icecache.stats import Recorder, RuntimeStats, Trace
 from icecache.transfer import Staging
 
@@ -43,10 +43,13 @@ class IceRuntime:
         """Use :meth:`wrap`."""
         chosen = make_policy(policy, config)
         masks = chosen.masks
+        self.policy = policy if isinstance(policy, str) else policy.name
+        if config.reuse > 1 and not chooses_pages(chosen.selector):
+            msg = f"reuse must be 1 for policy {self.policy!r}, which chooses no pages, got {config.reuse}"
+            raise ConfigError(msg)
         if masks is not None and masks.always_dense:
             config = replace(config, dense_below=_NEVER)
         self.model, self.config, self._chosen = model, config, chosen
-        self.policy = policy if isinstance(policy, str) else policy.name
         self._recorder = Recorder()
         pool = shared_pool(config.threads)
         self._services = Services(
@@ -137,6 +140,11 @@ class IceRuntime:
     def layer_plan(self) -> tuple[str, ...]:
         """Per layer: "retrieval", or the class name of the ordinary cache layer it keeps."""
         return tuple(self._hooks.plan)
+
+    @property
+    def layer_groups(self) -> tuple[tuple[int, ...], ...]:
+        """Retrieval layers that share pages (`reuse`), each group with its leader first."""
+        return tuple(self._hooks.groups())
 
     @property
     def trace(self) -> Trace | None:

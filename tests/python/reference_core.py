@@ -74,10 +74,21 @@ class Forest:
             raise ValueError(f"n_tokens must be in 0..={len(self)}, got {n_tokens}")
         self.keys, self.values = self.keys[:, :n_tokens], self.values[:, :n_tokens]
 
-    def read(self, start: int, stop: int, out_keys: np.ndarray, out_values: np.ndarray) -> None:
+    def read(
+        self,
+        start: int,
+        stop: int,
+        out_keys: np.ndarray,
+        out_values: np.ndarray,
+        key_at: int | None = None,
+        value_at: int | None = None,
+    ) -> None:
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"start..stop must lie in 0..={len(self)}, got {start}..{stop}")
-        out_keys[:], out_values[:] = self.keys[:, start:stop], self.values[:, start:stop]
+        rows = np.concatenate([self.keys, self.values], -1)[:, start:stop]
+        at = key_at or 0, self.keys.shape[-1] if value_at is None else value_at
+        for out, first in zip((out_keys, out_values), at, strict=True):
+            out[:] = rows[..., first : first + out.shape[-1]]
 
     def validate(self) -> None:
         assert self.keys.shape[1] == self.values.shape[1]
@@ -178,13 +189,24 @@ class Selection:
         lengths = np.array(self._lengths)[:, None, None, None]
         return np.where((self.pages[..., None] >= 0) & (slots < lengths), slots, -1).astype(np.int32)
 
-    def gather(self, _pool: Pool, first: int, last: int, out_keys: np.ndarray, out_values: np.ndarray) -> int:
+    def gather(
+        self,
+        _pool: Pool,
+        first: int,
+        last: int,
+        out_keys: np.ndarray,
+        out_values: np.ndarray,
+        key_at: int | None = None,
+        value_at: int | None = None,
+    ) -> int:
         copied = 0
         for r, head, p in np.ndindex(self.pages.shape[0], self.pages.shape[1], last - first):
             live = self.positions()[r, head, first + p]
             live = live[live >= 0]
-            for out, stored in ((out_keys, self._keys[r]), (out_values, self._values[r])):
+            rows = np.concatenate([self._keys[r], self._values[r]], -1)[head, live]
+            at = key_at or 0, self._keys[r].shape[-1] if value_at is None else value_at
+            for out, start in zip((out_keys, out_values), at, strict=True):
                 out[r, head, p] = 0
-                out[r, head, p, : len(live)] = stored[head, live]
-                copied += stored[head, live].nbytes
+                out[r, head, p, : len(live)] = rows[:, start : start + out.shape[-1]]
+                copied += rows[:, start : start + out.shape[-1]].nbytes
         return copied

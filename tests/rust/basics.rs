@@ -1,6 +1,6 @@
 //! One forest, one thread, ordinary data.
 
-use icecache_core::{Forest, Sealing, SearchOptions, all_pages, brute_pages, search, select_pages};
+use icecache_core::{Columns, Forest, Sealing, SearchOptions, all_pages, brute_pages, search, select_pages};
 
 use crate::support::{add, bytes, forest, noise, pool};
 
@@ -66,6 +66,42 @@ fn explicit_pages_gather_the_same_bytes_as_all_pages() {
     some.gather(&pool, 0, 5, &mut b, &mut values).unwrap();
     assert_eq!(a, b);
     assert_eq!(all.positions()[..80], some.positions()[..]);
+}
+
+#[test]
+fn columns_of_rows_read_and_gather_what_whole_rows_hold_there() {
+    let (pool, forest) = (pool(2), forest(2, 8));
+    add(&pool, &forest, &noise(2 * 700 * 8, 16));
+    let all = all_pages(&[&forest]).unwrap();
+    let (n, slots) = (700, all.k() * 16);
+    let row = |keys: &[u8], values: &[u8], i: usize| [&keys[i * 32..][..32], &values[i * 32..][..32]].concat();
+    let (mut keys, mut values) = (vec![0; 2 * n * 32], vec![0; 2 * n * 32]);
+    forest.read(0, n, &mut keys, &mut values).unwrap();
+    let (mut page_keys, mut page_values) = (vec![0; 2 * slots * 32], vec![0; 2 * slots * 32]);
+    all.gather(&pool, 0, all.k(), &mut page_keys, &mut page_values).unwrap();
+    for (first, second) in [((0, 32), (32, 32)), ((4, 8), (40, 24)), ((36, 12), (0, 4)), ((32, 0), (63, 1))] {
+        let [first, second] = [first, second].map(|(start, len)| Columns { start, len });
+        let check = |rows: usize, keys: &[u8], values: &[u8], a: &[u8], b: &[u8]| {
+            for i in 0..rows {
+                let whole = row(keys, values, i);
+                assert_eq!(a[i * first.len..][..first.len], whole[first.start..][..first.len]);
+                assert_eq!(b[i * second.len..][..second.len], whole[second.start..][..second.len]);
+            }
+        };
+        let (mut a, mut b) = (vec![9; 2 * n * first.len], vec![9; 2 * n * second.len]);
+        forest.read_columns(0, n, (first, &mut a), (second, &mut b)).unwrap();
+        check(2 * n, &keys, &values, &a, &b);
+        let (mut a, mut b) = (vec![9; 2 * slots * first.len], vec![9; 2 * slots * second.len]);
+        let copied = all.gather_columns(&pool, 0, all.k(), (first, &mut a), (second, &mut b)).unwrap();
+        assert_eq!(copied, 2 * n * (first.len + second.len));
+        check(2 * slots, &page_keys, &page_values, &a, &b);
+    }
+    for (start, len) in [(30, 4), (33, 32), (65, 0), (usize::MAX, 2)] {
+        let (columns, key) = (Columns { start, len }, Columns { start: 0, len: 32 });
+        let error = forest.read_columns(0, 0, (columns, &mut []), (key, &mut [])).unwrap_err().to_string();
+        assert!(error.starts_with("key_at: expected at most"), "{error}");
+        assert!(all.gather_columns(&pool, 0, 0, (key, &mut []), (columns, &mut [])).is_err());
+    }
 }
 
 #[test]

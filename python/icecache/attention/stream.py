@@ -90,12 +90,15 @@ def _merge_pages(
 ) -> None:
     """Fold every host page into `parts`, in place."""
     near = pages.near
+    pages.shelf.check_even()
     everything = _core.all_pages(pages.forests)
     n_pages = everything.pages.shape[2]
     shape = (near.keys.shape[-1], near.values.shape[-1], near.keys.dtype, near.keys.device)
     for first in range(0, n_pages, BLOCK_PAGES):
         last = min(first + BLOCK_PAGES, n_pages)
-        fetched = services.staging.fetch(services.pool, services.recorder, everything, first, last, *shape)
+        fetched = services.staging.fetch(
+            services.pool, services.recorder, everything, first, last, *shape, place=pages.place
+        )
         mask = None if fetched.mask is None else fetched.mask[:, :, None, None, :]
         with services.recorder.part("attention"):
             keys, values = fetched.keys.float(), fetched.values.float()

@@ -57,7 +57,7 @@ def _adopted(
         if not isinstance(target, RetrievalLayer):
             msg = f"layer {layer}: the cache holds pages, but this runtime keeps the layer dense"
             raise CacheStateError(msg)
-        return _rehomed(hooks, source, sequence, layer)
+        return _rehomed(hooks, source, target, sequence)
     if not isinstance(target, RetrievalLayer):
         if type(source) is not type(target):
             msg = f"layer {layer}: the cache holds a {type(source).__name__}, the model needs {type(target).__name__}"
@@ -87,7 +87,8 @@ def _valid_positions(attention_mask: torch.Tensor | None, n_rows: int, n_positio
     return None if bool(valid.all()) else valid
 
 
-def _rehomed(hooks: ModelHooks, source: RetrievalLayer, sequence: Sequence, layer: int) -> RetrievalLayer:
+def _rehomed(hooks: ModelHooks, source: RetrievalLayer, target: RetrievalLayer, sequence: Sequence) -> RetrievalLayer:
+    layer = target.layer_idx
     if hooks.engine.masks != source.engine.masks:
         msg = f"layer {layer}: it was prepared for another policy; adopt a dense cache instead (policies.Prefill)"
         raise CacheStateError(msg)
@@ -96,6 +97,12 @@ def _rehomed(hooks: ModelHooks, source: RetrievalLayer, sequence: Sequence, laye
         msg = (
             f"layer {layer}: its pages were cut for sink {theirs.sink_tokens} and window {theirs.window_tokens}, this "
             f"runtime has sink {ours.sink_tokens} and window {ours.window_tokens}; adopt a dense cache instead"
+        )
+        raise CacheStateError(msg)
+    if source.pages is not None and source.members != target.members:
+        msg = (
+            f"layer {layer}: its pages are shared by layers {source.members}, this runtime shares those of layers "
+            f"{target.members}; wrap with the same reuse and dense_layers, or adopt a dense cache instead"
         )
         raise CacheStateError(msg)
     return source.forked(hooks.engine, sequence)

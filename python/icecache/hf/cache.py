@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from icecache.attention import DeviceStep, decode_attention, stream_attention
 from icecache.errors import BadTensorError, CacheStateError, UnsupportedModelError
+from icecache.hf.group import page_in
 from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
 from icecache.hf.step import Engine, Sequence, current_step
 from icecache.pages import LayerPages, WholeKV
@@ -66,9 +67,12 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, engine: Engine, sequence: Sequence, layer_idx: int) -> None:
+    def __init__(self, engine: Engine, sequence: Sequence, layer_idx: int, members: tuple[int, ...] = ()) -> None:
         # No super().__init__(): it would assign the raising properties below.
         self.engine, self.sequence, self.layer_idx = engine, sequence, layer_idx
+        self.members = members or (layer_idx,)
+        """Numbers of the layers that share pages, this one included; the first one leads."""
+        sequence.layers[layer_idx] = weakref.ref(self)
         self.unsupported: str | None = None
         self.may_be_shared = True
         self.group: int | None = None
@@ -81,6 +85,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self._length = 0
         self._dense: Pair | None = None
         self._pages: LayerPages | WholeKV | None = None
+        self.valid: torch.Tensor | None = None
+        """Of a prompt that waits for the other layers of its group: bool (n_rows, n_positions), False is padding."""
         self._staged: Pair | None = None
         self._last: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None = None
         self._deferred: tuple[Pair, torch.Tensor | None] | None = None
@@ -246,7 +252,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def forked(self, engine: Engine, sequence: Sequence) -> RetrievalLayer:
         """Independent copy under another engine or cache; pages are shared until one side writes."""
-        new = type(self)(engine, sequence, self.layer_idx)
+        new = type(self)(engine, sequence, self.layer_idx, self.members)
         new.is_initialized, new._length, new.unsupported = self.is_initialized, self._length, self.unsupported
         if self.is_initialized:
             new.dtype, new.device, new.n_rows = self.dtype, self.device, self.n_rows
@@ -384,24 +390,29 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._length < self.engine.config.dense_below:
             self._dense = keys, values
             return
-        services = self.engine.services
-        self._pages = LayerPages.build(
-            self.engine.layout,
-            self.layer_idx,
-            services.stores,
-            services.pool,
-            services.recorder,
-            keys,
-            values,
-            valid,
-            services.offload if keys.is_cuda else None,
-        )
-        self._dense = None
+        self._dense, self.valid = (keys, values), valid
+        page_in(self, valid)
+
+    def get_length(self) -> int:
+        """Positions, those of the step under way included."""
+        return self._length
+
+    def waiting(self, length: int) -> Pair | None:
+        """All keys and values (of `length` positions), if they are only waiting for the other layers of the group."""
+        ready = self._staged is None and self._dense is not None and self._dense[0].shape[-2] == self._length
+        return self._dense if ready and self._length == length >= self.engine.config.dense_below else None
+
+    def take_pages(self, pages: LayerPages) -> None:
+        """Replace the keys and values that were waiting."""
+        self._pages, self._dense, self.valid = pages, None, None
 
     def finish(self) -> None:
         """End of a step: commit what waited for sharing layers; a prompt has arrived on the host when this returns."""
         if self._pages is not None:
             self._pages.settle()
+        elif self.waiting(self._length) is not None:
+            msg = f"layer {self.layer_idx}: not all of layers {self.members}, which share pages, attend; set reuse=1"
+            raise UnsupportedModelError(msg)
         if self._deferred is not None and self._pages is not None:
             (keys, values), valid = self._deferred
             self._deferred = None

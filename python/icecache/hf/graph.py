@@ -213,7 +213,9 @@ def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
     if not isinstance(selector, TreeSearch) or selector.exact:
         return None
     reason = None
-    if importlib.util.find_spec("triton") is None:
+    if engine.config.reuse > 1:
+        reason = "layers share pages (reuse)"
+    elif importlib.util.find_spec("triton") is None:
         reason = "triton is not installed"
     elif "forward" in model.__dict__:
         reason = "something else has replaced model.forward"

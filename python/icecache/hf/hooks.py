@@ -17,10 +17,11 @@ from icecache.errors import CacheStateError, PoolExhaustedError, UnsupportedMode
 from icecache.hf.attention import IMPLEMENTATION, forget_own, remember_own
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.graph import GraphDecoder
+from icecache.hf.group import leave
 from icecache.hf.names import CACHE_NAMES, stray_cache
 from icecache.hf.policy import PolicyLayer
 from icecache.hf.step import Engine, Sequence, Step, current_step, set_current_step
-from icecache.hf.support import layer_plan, set_implementation, text_config_of
+from icecache.hf.support import layer_groups, layer_plan, set_implementation, text_config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,6 +53,7 @@ class ModelHooks:
         self.dense_layers = set(engine.config.dense_layers)
         self.plan = layer_plan(model, frozenset(self.dense_layers))
         engine.n_layers = len(self.plan)
+        self._groups = {i: group for group in layer_groups(self.plan, engine.config.reuse) for i in group}
         self._names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._own = self.text_config._attn_implementation
         if self._own == IMPLEMENTATION:
@@ -89,6 +91,13 @@ class ModelHooks:
         set_implementation(self.model, self._own)
         forget_own(self.text_config)
 
+    def groups(self) -> list[tuple[int, ...]]:
+        """Give the retrieval layers that share pages, leaders first; a layer that stays dense has left its group."""
+        return sorted({self._members(i) for i in self._groups} - {()})
+
+    def _members(self, layer: int) -> tuple[int, ...]:
+        return tuple(i for i in self._groups.get(layer, (layer,)) if i not in self.dense_layers)
+
     # ---- caches ---------------------------------------------------------------------------------------------------
     def new_layers(self) -> list[object]:
         """Cache layers of an empty sequence: ours where attention is full, the model's own elsewhere."""
@@ -102,7 +111,7 @@ class ModelHooks:
     def new_layer(self, sequence: Sequence, layer: int) -> RetrievalLayer:
         """Empty cache layer of the kind that the policy needs."""
         kind = RetrievalLayer if self.engine.masks is None else PolicyLayer
-        return kind(self.engine, sequence, layer)
+        return kind(self.engine, sequence, layer, self._members(layer))
 
     def new_cache(self) -> DynamicCache:
         """Empty cache."""
@@ -190,7 +199,7 @@ class ModelHooks:
         if limit is None or not self.engine.layout.keeps_middle:
             return
         for pages in (layer.pages for layer in layers):
-            if pages is None or not services.stores.owns(pages.store):
+            if pages is None or pages.place > 0 or not services.stores.owns(pages.store):
                 continue
             for b in range(pages.n_rows):
                 leaving = max(pages.near.window_count(b) + n_new - self.engine.layout.window_tokens, 0)
@@ -248,6 +257,7 @@ class ModelHooks:
             dense = DynamicLayer()
             dense.update(*pair)  # lossless: so far these are all keys and values there are
             cache.layers[i] = dense
+            leave(layer)
             self.dense_layers.add(i)
             self.plan[i] = DynamicLayer.__name__
         if step.n_attention_calls == 0 and any(_is_ours(layer) for layer in cache.layers):

@@ -102,6 +102,8 @@ class Sequence:
     """Why the cache cannot go on; None: it can."""
     shared: dict[str, torch.Tensor] = field(default_factory=dict)
     """What a policy tells later layers of the same step."""
+    layers: dict[int, weakref.ref[RetrievalLayer]] = field(default_factory=dict)
+    """The retrieval layers by number: those that share pages find each other here."""
 
     def settle(self) -> None:
         """Roll back a step that never ended (Ctrl-C in the middle of a forward)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from transformers import DynamicCache
@@ -51,6 +52,16 @@ def layer_plan(model: PreTrainedModel, dense_layers: frozenset[int]) -> list[str
         msg = f"no layer with plain full attention to serve; cache layers of this model: {kinds}"
         raise UnsupportedModelError(msg)
     return plan
+
+
+def layer_groups(plan: Sequence[str], reuse: int) -> list[tuple[int, ...]]:
+    """Cut the retrieval layers, in order, into groups of `reuse` that share pages; the last group may be smaller.
+
+    Layers of other kinds do not count, wherever they stand: a model that alternates sliding and full attention shares
+    the pages of every `reuse` layers with full attention.
+    """
+    retrieval = [i for i, kind in enumerate(plan) if kind == RETRIEVAL]
+    return [tuple(retrieval[first : first + reuse]) for first in range(0, len(retrieval), reuse)]
 
 
 def implementation_key(model: PreTrainedModel) -> str | None:

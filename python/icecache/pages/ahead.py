@@ -18,6 +18,7 @@ import torch
 from icecache import _core
 from icecache.config import PAGE_TOKENS
 from icecache.pages.move import Move, insert
+from icecache.pages.shelf import Pair, joined
 from icecache.pages.store import start_to_host
 from icecache.stats import Recorder
 
@@ -74,20 +75,40 @@ def hand_over(inserter: Inserter, recorder: Recorder, layers: Sequence[LayerPage
 
     Copies are enqueued on the current stream. If this raises, nothing has changed.
     """
-    places = [(pages, b) for pages in layers for b in range(pages.n_rows) if _is_ready(pages, b)]
+    groups = whole_groups(layers)
+    places = [(group, b) for group in groups for b in range(group[0].n_rows) if _is_ready(group[0], b)]
     if not places:
         return
-    rows = [pages.near.row(b) for pages, b in places]
-    oldest = [x[:, :PAGE_TOKENS] for row in rows for x in (row.window_keys, row.window_values)]
-    hosted, ready = start_to_host(oldest)
-    aheads = [pages.forests[b].ahead() for pages, b in places]
+    hosted, ready = start_to_host([x for group, b in places for x in oldest(group, b, PAGE_TOKENS)])
+    aheads = [group[0].forests[b].ahead() for group, b in places]
     moves = [
-        Move(pages.layer, b, ahead.forest, keys, values)
-        for (pages, b), ahead, keys, values in zip(places, aheads, hosted[::2], hosted[1::2], strict=True)
+        Move(group[0].layer, b, ahead.forest, keys, values, followers(group))
+        for (group, b), ahead, keys, values in zip(places, aheads, hosted[::2], hosted[1::2], strict=True)
     ]
     job = inserter.submit(recorder, moves, ready)
-    for (pages, b), ahead in zip(places, aheads, strict=True):
-        pages.handed[b] = Handed(ahead, PAGE_TOKENS, job)
+    for (group, b), ahead in zip(places, aheads, strict=True):
+        for pages in group:
+            pages.handed[b] = Handed(ahead, PAGE_TOKENS, job)
+
+
+def whole_groups(layers: Sequence[LayerPages]) -> list[list[LayerPages]]:
+    """Layers by the pages they share, leaders first; groups of which some layer is missing are left out."""
+    groups: dict[int, dict[int, LayerPages]] = {}
+    for pages in layers:
+        groups.setdefault(id(pages.shelf), {})[pages.place] = pages
+    in_order = [[group[place] for place in sorted(group)] for group in groups.values()]
+    return [group for group in in_order if len(group) == group[0].shelf.n_places]
+
+
+def oldest(group: Sequence[LayerPages], b: int, n: int) -> Pair:
+    """Keys and rows, as they are stored, of the `n` oldest window tokens of row `b` of layers that share pages."""
+    rows = [pages.near.row(b) for pages in group]
+    return joined([(row.window_keys[:, :n], row.window_values[:, :n]) for row in rows])
+
+
+def followers(group: Sequence[LayerPages]) -> tuple[int, ...]:
+    """Layers behind the leader."""
+    return tuple(pages.layer for pages in group[1:])
 
 
 def _is_ready(pages: LayerPages, b: int) -> bool:
@@ -99,7 +120,7 @@ def _is_ready(pages: LayerPages, b: int) -> bool:
     return first <= pages.near.window_count(b) <= last
 
 
-def adopt_due(recorder: Recorder, layers: Sequence[LayerPages]) -> None:
+def adopt_due(recorder: Recorder, groups: Sequence[list[LayerPages]]) -> None:
     """Let the forests adopt what was handed over and is due, and the windows drop it; waits for what is late.
 
     Rows that changed in another way since keep their tokens in the window.
@@ -110,23 +131,24 @@ def adopt_due(recorder: Recorder, layers: Sequence[LayerPages]) -> None:
         What the insert met. All tokens of that insert are still in their windows, and are no longer on the way.
     """
     due = [
-        (pages, b, handed)
-        for pages in layers
-        for b, n in enumerate(pages.due())
-        if (handed := pages.handed[b]) is not None and handed.n_tokens <= n
+        (group, b, handed)
+        for group in groups
+        for b, n in enumerate(group[0].due())
+        if (handed := group[0].handed[b]) is not None and handed.n_tokens <= n
     ]
     for job in dict.fromkeys(handed.job for _, _, handed in due):
-        _wait_for(job, recorder, layers)
-    for pages, b, handed in due:
-        forest = pages.forests[b]
-        before, counts = len(forest), [0] * pages.n_rows
+        _wait_for(job, recorder, [pages for group in groups for pages in group])
+    for group, b, handed in due:
+        forest = group[0].forests[b]
+        before, counts = len(forest), [0] * group[0].n_rows
         try:
             forest.adopt(handed.ahead)
         finally:  # also after Ctrl-C: in the forest and in the window would be twice
-            pages.handed[b] = None
             counts[b] = len(forest) - before
-            pages.near.drop_oldest(counts)
-            pages.changes += 1
+            for pages in group:
+                pages.handed[b] = None
+                pages.near.drop_oldest(counts)
+            group[0].shelf.changes += 1
 
 
 def _wait_for(job: Future[None], recorder: Recorder, layers: Sequence[LayerPages]) -> None:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from icecache import _core
-from icecache.pages.move import Move, insert
+from icecache.pages.move import Move, check_followers, insert
+from icecache.pages.shelf import Pair, joined, row_dim
 from icecache.stats import Recorder
 
 DEPTH = 3
@@ -22,13 +23,14 @@ DEPTH = 3
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """Tokens of one row on the device, as views ``[H, n, D]``, and where they go."""
+    """Tokens of one row on the device, and where they go."""
 
-    layer: int
+    layers: tuple[int, ...]
+    """The layers that share the forest, the leader first."""
     row: int
     forest: _core.Forest
-    keys: torch.Tensor
-    values: torch.Tensor
+    pairs: tuple[Pair, ...]
+    """Views ``[H, n, D]`` of keys and values of each layer."""
 
 
 class Offload:
@@ -74,16 +76,33 @@ class Offload:
             self._slots.release()
 
     def _copied(self, departures: Sequence[Departure], ready: torch.cuda.Event) -> list[Move]:
-        device = departures[0].keys.device
+        device = departures[0].pairs[0][0].device
         with torch.inference_mode(), torch.cuda.device(device):
             stream = self._streams.get(device)
             if stream is None:
                 stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
-                moves = [Move(d.layer, d.row, d.forest, _staged(d.keys), _staged(d.values)) for d in departures]
+                moves = [_move(d) for d in departures]
             stream.synchronize()  # sync: this thread only
         return moves
+
+
+def _move(departure: Departure) -> Move:
+    check_followers(departure.layers, departure.row, departure.pairs)
+    keys, values = departure.pairs[0]
+    rows = _staged(values) if len(departure.pairs) == 1 else _staged_rows(departure.pairs)
+    return Move(departure.layers[0], departure.row, departure.forest, _staged(keys), rows)
+
+
+def _staged_rows(pairs: Sequence[Pair]) -> torch.Tensor:
+    """Copy of the joined rows ``[H, n, row_dim]``, made head by head: the device has room for one of them."""
+    keys, values = pairs[0]
+    width = row_dim(keys.shape[-1], values.shape[-1], len(pairs))
+    host = torch.empty(*keys.shape[:2], width, dtype=keys.dtype, pin_memory=True)
+    for h in range(len(host)):
+        host[h].copy_(joined([(k[h].detach(), v[h].detach()) for k, v in pairs])[1], non_blocking=True)
+    return host
 
 
 def _staged(tensor: torch.Tensor) -> torch.Tensor:

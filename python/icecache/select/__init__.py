@@ -18,3 +18,4 @@ from icecache.select.masks import in_pages as in_pages
 from icecache.select.masks import of_pages as of_pages
 from icecache.select.pages import RandomPages as RandomPages
 from icecache.select.pages import TreeSearch as TreeSearch
+from icecache.select.pages import chooses_pages as chooses_pages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -12,8 +12,8 @@ import torch
 
 from icecache import _core
 from icecache.config import PAGE_TOKENS
-from icecache.errors import BadTensorError
-from icecache.pages import Inserter, LayerPages, Offload, Stores, drain, hand_over
+from icecache.errors import BadTensorError, CacheStateError, ConfigError
+from icecache.pages import Choice, Inserter, LayerPages, Offload, Stores, drain, hand_over
 from icecache.select.charges import Charges
 from icecache.stats import Recorder, Trace
 from icecache.transfer import Fetched, Staging
@@ -39,6 +39,8 @@ class Request:
         ``softcap * tanh(logit / softcap)``, if the model does that.
     key_dim, value_dim, dtype, device
         Of the tensors to return.
+    place : int
+        Whose keys and values to return of the layers that share the forests; 0 is the leader.
     """
 
     layer: int
@@ -51,6 +53,7 @@ class Request:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Read:
         int64 (R, H, K) ids and int32 (R, H, K, 16) forest token indices, -1 where there is none. For the trace only.
     everything : bool
         Whether all host tokens of these rows were read.
+    selection : Selection or None
+        The pages, for the layers that share them; None: the selector chooses something else than pages.
     """
 
     fetched: Fetched
@@ -75,6 +80,7 @@ class Read:
     pages: npt.NDArray[np.int64] | None = None
     positions: npt.NDArray[np.int32] | None = None
     everything: bool = False
+    selection: _core.Selection | None = None
 
 
 @dataclass(slots=True)
@@ -109,14 +115,14 @@ class Services:
         """Bring all pages of a selection to the device."""
         width = selection.pages.shape[2]
         shape = (request.key_dim, request.value_dim, request.dtype, request.device)
-        return self.staging.fetch(self.pool, self.recorder, selection, 0, width, *shape)
+        return self.staging.fetch(self.pool, self.recorder, selection, 0, width, *shape, place=request.place)
 
     def read(self, request: Request, selection: _core.Selection, *, everything: bool = False) -> Read:
         """Fetch a selection; ids and positions are copied out only when a trace is set."""
         fetched, lse = self.fetch(request, selection), None if everything else np.asarray(selection.lse)
         if self.trace is None:
-            return Read(fetched, lse, everything=everything)
-        return Read(fetched, lse, np.asarray(selection.pages), selection.positions(), everything)
+            return Read(fetched, lse, everything=everything, selection=selection)
+        return Read(fetched, lse, np.asarray(selection.pages), selection.positions(), everything, selection)
 
 
 class Selector(Protocol):
@@ -131,6 +137,8 @@ def read_groups(
     services: Services, pages: LayerPages, queries: torch.Tensor, scaling: float, softcap: float | None
 ) -> Iterator[tuple[list[int], Read]]:
     """Read the host tokens of all rows: whole where they fit the budget, chosen by the selector elsewhere.
+
+    A layer that shares its leader's pages reads what the leader has chosen in the same step.
 
     Pages of the tail are not full, so "as many pages as the budget has" would not cover a context that it covers in
     tokens; reading such rows whole keeps the promise that a covering budget equals dense attention.
@@ -149,14 +157,67 @@ def read_groups(
     ------
     BadTensorError
         If a query holds NaN or infinity.
+    CacheStateError
+        If the layers that share pages are not equally long.
+    ConfigError
+        If they share pages and the selector chooses something else than pages.
     """
     if services.selector is None or not pages.forests:
         return
+    shelf, position = pages.shelf, pages.padding.n_positions
+    shelf.check_even()
+    if pages.place > 0:
+        yield from _followed(services, pages, scaling, softcap)
+        return
+    choices: list[Choice] = []
+    if shelf.n_places > 1:
+        shelf.choices[position] = choices
+    for rows, read in _led(services, pages, queries, scaling, softcap):
+        if read.selection is not None:
+            choices.append(Choice(rows, read.selection, read.everything))
+        elif shelf.n_places > 1:
+            msg = f"reuse must be 1 for a policy that chooses no pages, got {type(services.selector).__name__}"
+            raise ConfigError(msg)
+        yield rows, read
+
+
+def _followed(
+    services: Services, pages: LayerPages, scaling: float, softcap: float | None
+) -> Iterator[tuple[list[int], Read]]:
+    """Read the pages that the leader has chosen at this position."""
+    choices = pages.shelf.choices.get(pages.padding.n_positions)
+    if choices is None:
+        msg = f"layer {pages.layer}: the layer whose pages it shares has not attended at the same position"
+        raise CacheStateError(msg)
+    for choice in choices:
+        forests = [pages.forests[b] for b in choice.rows]
+        queries = np.empty(0, np.float32)  # nobody searches
+        request = _request(services, pages, forests, queries, scaling, softcap)
+        read = services.read(request, choice.selection, everything=choice.everything)
+        yield choice.rows, replace(read, lse=None)  # the leader's, for other queries
+
+
+def _request(
+    services: Services,
+    pages: LayerPages,
+    forests: list[_core.Forest],
+    queries: npt.NDArray[np.float32],
+    scaling: float,
+    softcap: float | None,
+) -> Request:
+    near = pages.near
+    shape = (near.keys.shape[-1], near.values.shape[-1], near.keys.dtype, near.keys.device)
+    return Request(pages.layer, forests, queries, services.n_pages, scaling, softcap, *shape, place=pages.place)
+
+
+def _led(
+    services: Services, pages: LayerPages, queries: torch.Tensor, scaling: float, softcap: float | None
+) -> Iterator[tuple[list[int], Read]]:
+    """Choose and read."""
+    assert services.selector is not None
     limit = services.n_pages * PAGE_TOKENS
     whole = [b for b in range(pages.n_rows) if 0 < len(pages.forests[b]) <= limit]
     chosen = [b for b in range(pages.n_rows) if len(pages.forests[b]) > limit]
-    near = pages.near
-    shape = (near.keys.shape[-1], near.values.shape[-1], near.keys.dtype, near.keys.device)
     host = np.empty(0, np.float32)
     if chosen:
         host = queries.detach().float().cpu().contiguous().numpy()  # sync: the search runs on the host
@@ -165,7 +226,7 @@ def read_groups(
             continue
         forests = [pages.forests[b] for b in rows]
         row_queries = host if rows is whole or len(rows) == pages.n_rows else np.ascontiguousarray(host[rows])
-        request = Request(pages.layer, forests, row_queries, services.n_pages, scaling, softcap, *shape)
+        request = _request(services, pages, forests, row_queries, scaling, softcap)
         if rows is whole:
             yield rows, services.read(request, _core.all_pages(forests), everything=True)
         else:

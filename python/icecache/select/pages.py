@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from icecache import _core
-from icecache.select.base import Read, Request, Services
+from icecache.select.base import Read, Request, Selector, Services
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +51,9 @@ class RandomPages:
                     pages[r, h, : len(drawn)] = drawn
             selection = _core.select_pages(request.forests, np.ascontiguousarray(pages[:, :, : request.n_pages]))
         read = services.read(request, selection)
-        return Read(read.fetched, None, read.pages, read.positions)  # nobody computed what the others would have held
+        return replace(read, lse=None)  # nobody computed what the others would have held
+
+
+def chooses_pages(selector: Selector | None) -> bool:
+    """Whether a selector chooses pages of its request's forests, so that other layers can read the same ones."""
+    return isinstance(selector, TreeSearch | RandomPages)

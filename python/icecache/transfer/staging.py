@@ -15,7 +15,7 @@ import torch
 
 from icecache import _core
 from icecache.config import PAGE_TOKENS
-from icecache.pages import as_bytes
+from icecache.pages import as_bytes, columns
 from icecache.stats import Recorder
 
 
@@ -67,6 +67,7 @@ class Staging:
         value_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        place: int = 0,
     ) -> Fetched:
         """Copy pages ``first .. last`` of a selection to `device`. Blocks until the copies are done.
 
@@ -76,6 +77,8 @@ class Staging:
             Pages (R, H, K).
         first, last : int
             Columns of the selection.
+        place : int
+            Whose keys and values of the layers that share the pages; 0 is the leader.
         """
         counts = np.asarray(selection.counts)[:, :, first:last]  # a copy at each access
         n_rows, n_heads, _ = counts.shape
@@ -84,7 +87,9 @@ class Staging:
         with recorder.part("transfer"):
             keys = self._buffer("keys", (*shape, key_dim), dtype, pinned)
             values = self._buffer("values", (*shape, value_dim), dtype, pinned)
-            recorder.bytes_to_device += selection.gather(pool, first, last, as_bytes(keys), as_bytes(values))
+            raw_keys, raw_values = as_bytes(keys), as_bytes(values)
+            at = columns(place, raw_keys.shape[-1], raw_values.shape[-1])
+            recorder.bytes_to_device += selection.gather(pool, first, last, raw_keys, raw_values, *at)
             keys, values = keys.flatten(2, 3).to(device), values.flatten(2, 3).to(device)
             n_pages = int(np.count_nonzero(counts))
             recorder.pages_read += n_pages

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::arena::{Lease, PageStore};
+use crate::columns::Columns;
 use crate::config::{PART_TOKENS, SEGMENT_TOKENS, Sealing};
 use crate::cut;
 use crate::error::{Error, Result};
@@ -249,6 +250,21 @@ impl Forest {
     /// # Errors
     /// If the range or a buffer does not fit.
     pub fn read(&self, start: usize, stop: usize, out_keys: &mut [u8], out_values: &mut [u8]) -> Result<()> {
+        let layout = self.store().layout();
+        self.read_columns(start, stop, (Columns::key(layout), out_keys), (Columns::value(layout), out_values))
+    }
+
+    /// The same for other columns of the rows than the whole key and the whole value. Wait-free.
+    ///
+    /// # Errors
+    /// If the range or a buffer does not fit, or columns lie neither in the key nor in the value.
+    pub fn read_columns(
+        &self,
+        start: usize,
+        stop: usize,
+        (keys, out_keys): (Columns, &mut [u8]),
+        (values, out_values): (Columns, &mut [u8]),
+    ) -> Result<()> {
         let views: Vec<View> = self.views().collect();
         let len = views.first().map_or(0, View::tokens);
         if stop > len {
@@ -257,17 +273,17 @@ impl Forest {
         if start > stop {
             return Err(Error::OutOfRange { name: "start", limit: stop, received: start });
         }
-        let layout = self.store().layout();
-        let (n, key, value) = (stop - start, layout.key_bytes(), layout.value_bytes());
-        check_length("out_keys", self.n_heads() * n * key, out_keys.len())?;
-        check_length("out_values", self.n_heads() * n * value, out_values.len())?;
+        let (layout, n) = (self.store().layout(), stop - start);
+        let (keys, values) = (keys.checked("key_at", layout)?, values.checked("value_at", layout)?);
+        check_length("out_keys", self.n_heads() * n * keys.len, out_keys.len())?;
+        check_length("out_values", self.n_heads() * n * values.len, out_values.len())?;
         out_keys.fill(0);
         out_values.fill(0);
         for (h, view) in views.iter().enumerate() {
             for (position, row) in view.rows(start, stop) {
                 let i = h * n + position - start;
-                out_keys[i * key..][..key].copy_from_slice(row.key);
-                out_values[i * value..][..value].copy_from_slice(row.value);
+                out_keys[i * keys.len..][..keys.len].copy_from_slice(keys.of(&row));
+                out_values[i * values.len..][..values.len].copy_from_slice(values.of(&row));
             }
         }
         Ok(())

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use rayon::ThreadPool;
 use rayon::prelude::*;
 
+use crate::columns::Columns;
 use crate::config::PAGE_TOKENS;
 use crate::error::{Error, Result};
 use crate::forest::{Forest, check_length};
@@ -163,58 +164,79 @@ impl Selection {
         out_keys: &mut [u8],
         out_values: &mut [u8],
     ) -> Result<usize> {
+        let none = Columns { start: 0, len: 0 };
+        let (keys, values) = self.layout.map_or((none, none), |layout| (Columns::key(layout), Columns::value(layout)));
+        self.gather_columns(pool, first, last, (keys, out_keys), (values, out_values))
+    }
+
+    /// The same for other columns of the rows than the whole key and the whole value.
+    ///
+    /// # Errors
+    /// If the range or a buffer does not fit, or columns lie neither in the key nor in the value.
+    pub fn gather_columns(
+        &self,
+        pool: &ThreadPool,
+        first: usize,
+        last: usize,
+        (keys, out_keys): (Columns, &mut [u8]),
+        (values, out_values): (Columns, &mut [u8]),
+    ) -> Result<usize> {
         if last > self.k {
             return Err(Error::OutOfRange { name: "last", limit: self.k, received: last });
         }
         if first > last {
             return Err(Error::OutOfRange { name: "first", limit: last, received: first });
         }
-        let (key, value) = self.layout.map_or((0, 0), |layout| (layout.key_bytes(), layout.value_bytes()));
+        if let Some(layout) = self.layout {
+            keys.checked("key_at", layout)?;
+            values.checked("value_at", layout)?;
+        }
         let slots = (last - first) * PAGE_TOKENS;
-        check_length("out_keys", self.views.len() * slots * key, out_keys.len())?;
-        check_length("out_values", self.views.len() * slots * value, out_values.len())?;
+        check_length("out_keys", self.views.len() * slots * keys.len, out_keys.len())?;
+        check_length("out_values", self.views.len() * slots * values.len, out_values.len())?;
         if slots == 0 || self.views.is_empty() {
             return Ok(0);
         }
-        let copy = |(head, (keys, values)): (usize, (&mut [u8], &mut [u8]))| -> usize {
+        let copy = |(head, (key_rows, value_rows)): (usize, (&mut [u8], &mut [u8]))| -> usize {
             let pages = (first..last).map(|place| self.page(head * self.k + place));
+            let (key_page, value_page) = (PAGE_TOKENS * keys.len, PAGE_TOKENS * values.len);
             pages
                 .enumerate()
                 .map(|(i, page)| {
-                    let keys = &mut keys[i * PAGE_TOKENS * key..][..PAGE_TOKENS * key];
-                    let values = &mut values[i * PAGE_TOKENS * value..][..PAGE_TOKENS * value];
-                    copy_page(page.as_ref(), keys, values)
+                    copy_columns(page.as_ref(), keys, &mut key_rows[i * key_page..][..key_page])
+                        + copy_columns(page.as_ref(), values, &mut value_rows[i * value_page..][..value_page])
                 })
                 .sum()
         };
-        // Without values every head gets an empty slice.
-        let values: Vec<&mut [u8]> = if value == 0 {
-            self.views.iter().map(|_| <&mut [u8]>::default()).collect()
-        } else {
-            out_values.chunks_exact_mut(slots * value).collect()
-        };
-        let keys: Vec<&mut [u8]> = out_keys.chunks_exact_mut(slots * key).collect();
-        if self.views.len() == 1 || pool.current_num_threads() == 1 {
-            return Ok(keys.into_iter().zip(values).enumerate().map(copy).sum());
+        let n = self.views.len();
+        let outs: Vec<_> = per_head(out_keys, n).into_iter().zip(per_head(out_values, n)).collect();
+        if n == 1 || pool.current_num_threads() == 1 {
+            return Ok(outs.into_iter().enumerate().map(copy).sum());
         }
-        Ok(pool.install(|| keys.into_par_iter().zip(values).enumerate().map(copy).sum()))
+        Ok(pool.install(|| outs.into_par_iter().enumerate().map(copy).sum()))
     }
 }
 
-fn copy_page(page: Option<&PageView<'_>>, keys: &mut [u8], values: &mut [u8]) -> usize {
-    let (key, value) = (keys.len() / PAGE_TOKENS, values.len() / PAGE_TOKENS);
+/// `n` equal pieces, which may be empty.
+fn per_head(out: &mut [u8], n: usize) -> Vec<&mut [u8]> {
+    if out.is_empty() {
+        return (0..n).map(|_| <&mut [u8]>::default()).collect();
+    }
+    let size = out.len() / n;
+    out.chunks_exact_mut(size).collect()
+}
+
+/// Copies columns of a page's live rows, then zeros; returns the bytes of live rows.
+fn copy_columns(page: Option<&PageView<'_>>, columns: Columns, out: &mut [u8]) -> usize {
     let mut used = 0;
     if let Some(page) = page {
         for slot in page.slots() {
-            let row = page.row(slot);
-            keys[used * key..][..key].copy_from_slice(row.key);
-            values[used * value..][..value].copy_from_slice(row.value);
-            used += 1;
+            out[used..][..columns.len].copy_from_slice(columns.of(&page.row(slot)));
+            used += columns.len;
         }
     }
-    keys[used * key..].fill(0);
-    values[used * value..].fill(0);
-    used * (key + value)
+    out[used..].fill(0);
+    used
 }
 
 fn views_of(forests: &[&Forest]) -> Vec<View> {

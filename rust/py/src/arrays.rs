@@ -5,6 +5,7 @@
 //! (or of calls at the same time) that overlap where one of them is written; a caller who writes to an input from
 //! another thread meanwhile gets a mixture of old and new values.
 
+use icecache_core::Columns;
 use numpy::{
     Element, PyArray1, PyArrayDescrMethods, PyArrayDyn, PyArrayMethods, PyReadonlyArrayDyn, PyReadwriteArrayDyn,
     PyUntypedArray, PyUntypedArrayMethods,
@@ -77,6 +78,35 @@ pub(crate) fn slice_mut<'a, T: Element>(
     name: &str,
 ) -> PyResult<&'a mut [T]> {
     array.as_slice_mut().map_err(|error| PyValueError::new_err(format!("{name}: {error}")))
+}
+
+/// An output array of bytes, and which columns of stored rows are copied to it.
+pub(crate) struct Target<'py> {
+    array: PyReadwriteArrayDyn<'py, u8>,
+    name: &'static str,
+    columns: Columns,
+}
+
+impl<'py> Target<'py> {
+    /// Borrows an array of `shape` and one more axis: `whole` columns, or from byte `at` on as many as it has.
+    pub(crate) fn new(
+        array: &Bound<'py, PyAny>,
+        name: &'static str,
+        shape: &[Option<usize>],
+        at: Option<usize>,
+        whole: Columns,
+    ) -> PyResult<Self> {
+        let width = if at.is_none() { Some(whole.len) } else { None };
+        let shape: Vec<Option<usize>> = shape.iter().copied().chain([width]).collect();
+        let array = readwrite::<u8>(array, name, &shape)?;
+        let len = array.shape().last().copied().unwrap_or(0);
+        Ok(Self { array, name, columns: Columns { start: at.unwrap_or(whole.start), len } })
+    }
+
+    /// The columns, and where they go.
+    pub(crate) fn parts(&mut self) -> PyResult<(Columns, &mut [u8])> {
+        Ok((self.columns, slice_mut(&mut self.array, self.name)?))
+    }
 }
 
 /// A new array of the given shape; the elements are moved, not copied.

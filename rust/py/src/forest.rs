@@ -3,13 +3,13 @@
 
 use std::sync::Arc;
 
-use icecache_core::{self as core, Dtype, ExtendRow, PageLayout, Sealing, StoreOptions};
+use icecache_core::{self as core, Columns, Dtype, ExtendRow, PageLayout, Sealing, StoreOptions};
 use numpy::{PyReadonlyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arrays::{count, optional_count, readonly, readwrite, slice, slice_mut};
+use crate::arrays::{Target, count, optional_count, readonly, slice};
 use crate::errors::{IntoPy, run};
 use crate::memory::HostMemory;
 use crate::pool::Pool;
@@ -185,6 +185,11 @@ impl Forest {
     }
 
     /// Copy the keys and values of tokens start..stop to `out_keys` and `out_values`, uint8 (H, stop - start, bytes).
+    ///
+    /// With `key_at` or `value_at`: any columns of the rows instead, as many as the array has, from that byte of
+    /// [key, value] on.
+    #[pyo3(signature = (start, stop, out_keys, out_values, key_at=None, value_at=None))]
+    #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn read(
         &self,
         py: Python<'_>,
@@ -192,16 +197,26 @@ impl Forest {
         stop: &Bound<'_, PyAny>,
         out_keys: &Bound<'_, PyAny>,
         out_values: &Bound<'_, PyAny>,
+        key_at: Option<&Bound<'_, PyAny>>,
+        value_at: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<()> {
         let (start, stop) = (count(start, "start")?, count(stop, "stop")?);
         let Some(n) = stop.checked_sub(start) else {
             return Err(PyValueError::new_err(format!("start: expected at most stop = {stop}, got {start}")));
         };
         let layout = self.inner.store().layout();
-        let mut keys = readwrite::<u8>(out_keys, "out_keys", &self.rows_shape(Some(n), layout.key_bytes()))?;
-        let mut values = readwrite::<u8>(out_values, "out_values", &self.rows_shape(Some(n), layout.value_bytes()))?;
-        let (keys, values) = (slice_mut(&mut keys, "out_keys")?, slice_mut(&mut values, "out_values")?);
-        run(py, || self.inner.read(start, stop, keys, values))
+        let shape = [Some(self.inner.n_heads()), Some(n)];
+        let mut keys =
+            Target::new(out_keys, "out_keys", &shape, optional_count(key_at, "key_at")?, Columns::key(layout))?;
+        let mut values = Target::new(
+            out_values,
+            "out_values",
+            &shape,
+            optional_count(value_at, "value_at")?,
+            Columns::value(layout),
+        )?;
+        let (keys, values) = (keys.parts()?, values.parts()?);
+        run(py, || self.inner.read_columns(start, stop, keys, values))
     }
 
     /// Check every invariant; `RuntimeError` names the first one that does not hold.

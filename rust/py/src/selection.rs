@@ -1,12 +1,12 @@
 //! Searching forests, and what a search chose.
 #![expect(clippy::needless_pass_by_value, reason = "PyO3 extracts lists by value")]
 
-use icecache_core::{self as core, PageLayout, SearchOptions};
+use icecache_core::{self as core, Columns, PageLayout, SearchOptions};
 use numpy::{PyArrayDyn, PyUntypedArrayMethods};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::arrays::{count, optional_count, readonly, readwrite, slice, slice_mut, to_array};
+use crate::arrays::{Target, count, optional_count, readonly, slice, to_array};
 use crate::errors::run;
 use crate::forest::Forest;
 use crate::pool::Pool;
@@ -74,6 +74,11 @@ impl Selection {
 
     /// Copy pages first..last to `out_keys` and `out_values`, uint8 (R, H, last - first, 16, bytes), live slots first,
     /// unused slots zero; returns the bytes of live rows copied.
+    ///
+    /// With `key_at` or `value_at`: any columns of the rows instead, as many as the array has, from that byte of
+    /// [key, value] on.
+    #[pyo3(signature = (pool, first, last, out_keys, out_values, key_at=None, value_at=None))]
+    #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn gather(
         &self,
         py: Python<'_>,
@@ -82,19 +87,22 @@ impl Selection {
         last: &Bound<'_, PyAny>,
         out_keys: &Bound<'_, PyAny>,
         out_values: &Bound<'_, PyAny>,
+        key_at: Option<&Bound<'_, PyAny>>,
+        value_at: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<usize> {
         let (first, last) = (count(first, "first")?, count(last, "last")?);
         let Some(n) = last.checked_sub(first) else {
             return Err(PyValueError::new_err(format!("first: expected at most last = {last}, got {first}")));
         };
         let [rows, heads, _] = self.shape();
-        let (key, value) = self.layout.map_or((0, 0), |layout| (layout.key_bytes(), layout.value_bytes()));
-        let shape = |bytes| [Some(rows), Some(heads), Some(n), Some(core::PAGE_TOKENS), Some(bytes)];
-        let mut keys = readwrite::<u8>(out_keys, "out_keys", &shape(key))?;
-        let mut values = readwrite::<u8>(out_values, "out_values", &shape(value))?;
-        let (keys, values) = (slice_mut(&mut keys, "out_keys")?, slice_mut(&mut values, "out_values")?);
+        let shape = [Some(rows), Some(heads), Some(n), Some(core::PAGE_TOKENS)];
+        let none = Columns { start: 0, len: 0 };
+        let (key, value) = self.layout.map_or((none, none), |layout| (Columns::key(layout), Columns::value(layout)));
+        let mut keys = Target::new(out_keys, "out_keys", &shape, optional_count(key_at, "key_at")?, key)?;
+        let mut values = Target::new(out_values, "out_values", &shape, optional_count(value_at, "value_at")?, value)?;
+        let (keys, values) = (keys.parts()?, values.parts()?);
         let pool = &pool.get().inner;
-        run(py, || self.inner.gather(pool, first, last, keys, values))
+        run(py, || self.inner.gather_columns(pool, first, last, keys, values))
     }
 }
 

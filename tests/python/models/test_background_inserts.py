@@ -101,10 +101,10 @@ def same(a, b):
     return a[1] == b[1] and all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
 
 
-@pytest.mark.parametrize("window", [1, WINDOW])
-def test_every_step_is_bit_for_bit_what_it_is_with_inserts_at_once(window):
-    ids = prompt(2, 200)
-    at_once, beside, _ = both(lambda steps: decode(steps, ids, 150), window_tokens=window, budget=window + 16 + 32)
+@pytest.mark.parametrize(("window", "reuse"), [(1, 1), (WINDOW, 1), (WINDOW, 3)])
+def test_every_step_is_bit_for_bit_what_it_is_with_inserts_at_once(window, reuse):
+    ids, near = prompt(2, 200), {"window_tokens": window, "budget": window + 16 + 32}
+    at_once, beside, _ = both(lambda steps: decode(steps, ids, 150), **near, reuse=reuse)
     assert same(at_once, beside)
 
 
@@ -143,8 +143,8 @@ def test_a_ragged_batch_with_pads_between_is_the_same():
     assert same(at_once, beside)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_crops_forks_swapped_rows_and_chunks_at_any_moment_change_nothing(seed):
+@pytest.mark.parametrize(("seed", "reuse"), [(0, 1), (1, 1), (1, 2)])
+def test_crops_forks_swapped_rows_and_chunks_at_any_moment_change_nothing(seed, reuse):
     def use(steps):
         draw, ids = random.Random(seed), prompt(2, 400, seed)
         out, t, aside = [steps(ids[:, :150])], 150, None
@@ -165,7 +165,7 @@ def test_crops_forks_swapped_rows_and_chunks_at_any_moment_change_nothing(seed):
             steps.check()
         return out
 
-    at_once, beside, _ = both(use)
+    at_once, beside, _ = both(use, reuse=reuse)
     assert same(at_once, beside)
 
 

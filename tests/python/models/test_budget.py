@@ -8,28 +8,12 @@ import numpy as np
 import pytest
 import torch
 from icecache import IceRuntime
-from icecache.hf import attention as seam
-from oracle import attended_positions, attention, best_pages
+from oracle import attended_positions, best_pages, check_decode_outputs, history, watch
 from tiny import build, left_padded, prompt
 from transformers import DynamicCache
 
 BUDGET, SINK, WINDOW = 112, 16, 32  # four pages
 HEADS, GROUP = 2, 2
-
-
-def watch(runtime, monkeypatch):
-    """Everything the layers see and give in decode steps: (layer, query, keys, values) and outputs, plus the trace."""
-    calls, events = [], []
-    inner = seam.RetrievalLayer.attend
-
-    def attend(layer, call):
-        out = inner(layer, call)
-        calls.append((layer.layer_idx, call, out))
-        return out
-
-    monkeypatch.setattr(seam.RetrievalLayer, "attend", attend)
-    runtime.trace = events.append
-    return calls, events
 
 
 def run(model, monkeypatch, inputs, n_new, **settings):
@@ -39,36 +23,12 @@ def run(model, monkeypatch, inputs, n_new, **settings):
         return calls, events, runtime.stats()
 
 
-def history(calls, layer, row, pads):
-    """All keys and values of one row of one layer after each step, padding dropped."""
-    keys = torch.cat([call.keys[row] for i, call, _ in calls if i == layer], 1)[:, pads:]
-    values = torch.cat([call.values[row] for i, call, _ in calls if i == layer], 1)[:, pads:]
-    return keys, values
-
-
 @pytest.mark.parametrize("lengths", [[200], [230, 90, 161]])
 @pytest.mark.parametrize("policy", ["icecache", "page-oracle", "token-oracle", "random"])
 def test_the_output_is_attention_over_exactly_the_tokens_that_were_read(monkeypatch, policy, lengths):
     model = build("llama")
     calls, events, stats = run(model, monkeypatch, left_padded(lengths), 20, policy=policy)
-    decode = [(layer, call, out) for layer, call, out in calls if call.query.shape[2] == 1]
-    by_layer = {i: [e for e in events if e.layer == i] for i in range(3)}
-    for layer in range(3):
-        outputs = [(call, out) for i, call, out in decode if i == layer]
-        for row, length in enumerate(lengths):
-            keys, values = history(calls, layer, row, max(lengths) - length)
-            of_row = [(e, e.rows.index(row)) for e in by_layer[layer] if row in e.rows]
-            assert len(of_row) == len(outputs) == 19
-            for (call, out), (event, at) in zip(outputs, of_row, strict=True):
-                n = event.lengths[at]
-                for head in range(HEADS):
-                    read = attended_positions(event, at, head)
-                    assert read.max() == n - 1
-                    for g in range(GROUP):
-                        query = call.query[row, head * GROUP + g, 0]
-                        truth = attention(query, keys[head, read], values[head, read], call.scaling)
-                        error = (out[row, 0, head * GROUP + g].double() - truth).abs().max()
-                        assert error <= 1e-5 * max(1.0, float(truth.abs().max()))
+    check_decode_outputs(calls, events, range(3), lengths, 19)
     assert stats.attended_max <= BUDGET + 1 + 15
 
 

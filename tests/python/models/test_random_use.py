@@ -81,12 +81,12 @@ STEPS = [Use.decode, Use.decode, Use.chunk, Use.crop, Use.move_rows, Use.fork, U
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_cache_under_a_covering_budget_stands_for_its_text_whatever_was_done_to_it(family, seed):
+@pytest.mark.parametrize(("family", "reuse"), [("llama", 1), ("gpt2", 1), ("llama", 3), ("qwen3", 2)])
+def test_a_cache_under_a_covering_budget_stands_for_its_text_whatever_was_done_to_it(family, reuse, seed):
     model, draw = build(family), random.Random(seed)
     near = {"sink_tokens": draw.choice([0, 4, 16]), "window_tokens": draw.choice([1, 16, 32])}
     options = {"dense_below": draw.choice([0, 60, 150]), "sparse_prefill": draw.random() < 0.25, "threads": 1}
-    with IceRuntime.wrap(model, budget=sum(near.values()) + 4800, **near, **options) as runtime:
+    with IceRuntime.wrap(model, budget=sum(near.values()) + 4800, **near, **options, reuse=reuse) as runtime:
         use = Use(model, runtime, draw.choice([1, 2, 3]), seed)
         use.feed(draw.randint(20, 200), padded=True)
         for _ in range(12):

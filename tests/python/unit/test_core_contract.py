@@ -117,6 +117,8 @@ CALLS = {
     "crop": lambda a, _b, _c: a_forest().crop(a),
     "read": lambda a, b, c: a_forest().read(a, b, c, c),
     "read arrays": lambda a, b, _c: a_forest().read(0, 4, a, b),
+    "read columns": lambda a, b, c: a_forest().read(0, 4, a, b, c, c),
+    "gather columns": lambda a, b, c: _core.all_pages([a_forest()]).gather(POOL, 0, 1, a, b, c, c),
     "gather": lambda a, b, _c: _core.all_pages([a_forest()]).gather(POOL, 0, 1, a, b),
     "gather range": lambda a, b, _c: _core.all_pages([a_forest()]).gather(
         POOL, a, b, np.zeros((1, 2, 1, 16, 32), np.uint8), np.zeros((1, 2, 1, 16, 32), np.uint8)

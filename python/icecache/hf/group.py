@@ -1,0 +1,83 @@
+"""Layers of one cache that share pages: their prompts become pages together, when the last of them has its keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from icecache.errors import UnsupportedModelError
+from icecache.pages import build
+from icecache.pages.shelf import Pair
+
+if TYPE_CHECKING:
+    from icecache.hf.cache import RetrievalLayer
+
+
+def members(layer: RetrievalLayer) -> list[RetrievalLayer]:
+    """Live layers of the group of `layer`, in order; it is one of them."""
+    known = layer.sequence.layers
+    found = [known[i]() for i in layer.members if i in known]
+    return [x for x in found if x is not None]
+
+
+def page_in(layer: RetrievalLayer, valid: torch.Tensor | None) -> None:
+    """Move all tokens of the group of `layer` to pages, if every layer of it has attended to its prompt.
+
+    Parameters
+    ----------
+    valid : torch.Tensor or None
+        Bool (n_rows, n_positions) on the CPU; False: padding. None: no padding.
+
+    Raises
+    ------
+    UnsupportedModelError
+        If keys or values of the group differ in shape, dtype or device.
+    BadTensorError, PoolExhaustedError
+        As for :func:`icecache.pages.build`.
+    """
+    group = members(layer)
+    pairs = [pair for x in group if (pair := x.waiting(layer.get_length())) is not None]
+    if len(pairs) < len(layer.members):
+        return
+    _check_alike(group, pairs)
+    services = layer.engine.services
+    offload = services.offload if pairs[0][0].is_cuda else None
+    built = build(
+        layer.engine.layout,
+        layer.members,
+        services.stores,
+        services.pool,
+        services.recorder,
+        pairs,
+        valid,
+        offload,
+    )
+    for x, pages in zip(group, built, strict=True):
+        x.take_pages(pages)
+
+
+def _check_alike(group: list[RetrievalLayer], pairs: list[Pair]) -> None:
+    described = [[(tuple(t.shape), t.dtype, t.device) for t in pair] for pair in pairs]
+    for layer, kind in zip(group, described, strict=True):
+        if kind != described[0]:
+            msg = (
+                f"layer {layer.layer_idx}: its keys and values ({_text(kind)}) differ from those of layer "
+                f"{group[0].layer_idx} ({_text(described[0])}), whose pages it would share; set reuse=1"
+            )
+            raise UnsupportedModelError(msg)
+
+
+def _text(kind: list[tuple[tuple[int, ...], torch.dtype, torch.device]]) -> str:
+    return ", ".join(f"{shape} {dtype} on {device}" for shape, dtype, device in kind)
+
+
+def leave(layer: RetrievalLayer) -> None:
+    """Take `layer` out of its group, because it stays dense: the others go on without it."""
+    rest = tuple(i for i in layer.members if i != layer.layer_idx)
+    others = [x for x in members(layer) if x is not layer]
+    layer.members = (layer.layer_idx,)
+    for x in others:
+        x.members = rest
+    if others and others[0].waiting(others[0].get_length()) is not None:
+        page_in(others[0], others[0].valid)
