@@ -222,6 +222,7 @@ class IceRuntime:
             generated_mean=charged.generated_sum / charged.n_queries if charged.n_queries else float("nan"),
             generated_kept=self._chosen.generated_kept,
             dense_layers=self._dense_layers(),
+            parameters=self._services.charges.described(),
             pages_read=recorder.pages_read,
             bytes_to_device=recorder.bytes_to_device,
             bytes_to_host=recorder.bytes_to_host,

@@ -36,6 +36,8 @@ class RuntimeStats:
         compete for a place and are forgotten when they lose it.
     dense_layers : tuple of int
         Layers that attend to everything and are not counted above: those of the config and those of the method itself.
+    parameters : dict of str to float
+        What the policy settled by itself, mean over layers and prompts: tables and bits of "magicpig", say.
     pages_read : int
         Pages fetched, over all heads, layers, rows and steps (exact later chunks included).
     bytes_to_device : int
@@ -64,6 +66,7 @@ class RuntimeStats:
     generated_mean: float
     generated_kept: str
     dense_layers: tuple[int, ...]
+    parameters: dict[str, float]
     pages_read: int
     bytes_to_device: int
     bytes_to_host: int

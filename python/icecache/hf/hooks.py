@@ -189,6 +189,7 @@ class ModelHooks:
             self.engine.services.drain(paged)
         step.paged = any(layer.kept is not None for layer in layers)
         step.sequence = layers[0].sequence
+        step.sequence.shared.clear()
         step.undo = _Undo(self, cache)
         step.sequence.step = step
 

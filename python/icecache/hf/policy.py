@@ -107,6 +107,7 @@ class PolicyLayer(RetrievalLayer):
         self.notes.check(self.policy.needs, self.policy.name)
         prompt = read_prompt(whole, self.notes, self.layer_idx, engine.n_layers, call.scaling, call.softcap)
         whole.state = self.policy.prepare(prompt)
+        engine.services.charges.note(self.policy.describe(whole.state))
         self._pending, self.notes = False, Notes(self.notes.queries, None)
 
     @staticmethod

@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from icecache.config import IceConfig
 from icecache.errors import ConfigError
 from icecache.pages import Layout
+from icecache.policies.arkvale import ArkVale
 from icecache.policies.full import Full
+from icecache.policies.h2o import H2O
+from icecache.policies.magicpig import MagicPIG
+from icecache.policies.omnikv import OmniKV
+from icecache.policies.page_oracle import PositionalPageOracle
+from icecache.policies.pqcache import PQCache
 from icecache.policies.quest import Quest
+from icecache.policies.sampling import OracleSampling
 from icecache.policies.snapkv import SnapKV
 from icecache.policies.token_oracle import TokenOracle
 from icecache.select import MaskPolicy, RandomPages, Selector, TreeSearch
@@ -48,9 +55,18 @@ _PAGES: dict[str, Callable[[IceConfig], Selector]] = {
 _MASKS: dict[str, Callable[[IceConfig], MaskPolicy]] = {
     "full": lambda _: Full(),
     "snapkv": lambda config: SnapKV(config.budget, window=min(32, config.budget // 2)),
+    "h2o": lambda config: H2O(config.budget),
     "quest": lambda config: Quest(config.budget),
+    "arkvale": lambda config: ArkVale(config.budget),
+    "pqcache": lambda config: PQCache(config.budget, seed=config.seed),
+    "omnikv": lambda config: OmniKV(config.budget),
+    "magicpig": lambda config: MagicPIG(config.budget, seed=config.seed),
     "token-oracle": lambda config: TokenOracle(config.budget, config.sink_tokens, config.window_tokens),
     "token-oracle-q": lambda config: TokenOracle(config.budget, config.sink_tokens, config.window_tokens, "query"),
+    "page-oracle-positional": lambda config: PositionalPageOracle(
+        config.budget, config.sink_tokens, config.window_tokens
+    ),
+    "oracle-sampling": lambda config: OracleSampling(config.budget, seed=config.seed),
 }
 POLICIES = (*_PAGES, "streaming", *_MASKS)
 
@@ -64,7 +80,8 @@ def make_policy(policy: str | MaskPolicy, config: IceConfig) -> Policy:
         "icecache": tree search. "page-oracle": the same pages, scored exactly. "random": random pages. "streaming":
         StreamingLLM without re-numbering: the first 4 and the last ``budget - 4`` tokens; what leaves the window is
         forgotten, so later chunks are always processed token by token. The others are classes of this package, each
-        with its source, rule and defaults: "full", "snapkv", "quest", "token-oracle", "token-oracle-q".
+        with its source, rule and defaults: "full", "snapkv", "h2o", "quest", "arkvale", "pqcache", "omnikv",
+        "magicpig", "token-oracle", "token-oracle-q", "page-oracle-positional", "oracle-sampling".
 
     Raises
     ------

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from icecache.errors import ConfigError
-from icecache.select import Baseline, Chosen, StepView, best
+from icecache.select import Baseline, Chosen, StepView, best, group_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,5 +53,5 @@ class TokenOracle(Baseline):
         others = view.valid[:, None, None] & ~near
         scores = view.logits
         if self.unit == "kv":
-            scores = torch.softmax(scores.masked_fill(~others, float("-inf")), -1).nan_to_num(0.0).sum(2, keepdim=True)
+            scores = group_weight(scores.masked_fill(~others, float("-inf")))
         return Chosen(best(scores, others, self.budget - self.sink - self.window) | near)

@@ -14,6 +14,7 @@ from icecache.select.masks import Prompt as Prompt
 from icecache.select.masks import StepView as StepView
 from icecache.select.masks import best as best
 from icecache.select.masks import capped as capped
+from icecache.select.masks import group_weight as group_weight
 from icecache.select.masks import in_pages as in_pages
 from icecache.select.masks import of_pages as of_pages
 from icecache.select.pages import RandomPages as RandomPages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,7 @@ class Charges:
         self._sums: dict[torch.device, torch.Tensor] = {}
         self._extremes: dict[torch.device, torch.Tensor] = {}
         self._n_queries = self._n_heads = 0
+        self._described: dict[str, list[float]] = {}
 
     def add(self, mask: torch.Tensor, generated: torch.Tensor) -> None:
         """Count one step of one layer.
@@ -61,6 +63,15 @@ class Charges:
         self._extremes[mask.device] = extremes if held is None else torch.maximum(held, extremes)
         self._n_queries += attended.numel()
         self._n_heads += attended.shape[0] * attended.shape[1]
+
+    def note(self, described: Mapping[str, float]) -> None:
+        """Take down numbers of one layer."""
+        for name, value in described.items():
+            self._described.setdefault(name, []).append(value)
+
+    def described(self) -> dict[str, float]:
+        """Means of what was noted."""
+        return {name: sum(values) / len(values) for name, values in self._described.items()}
 
     def totals(self) -> Charged:
         """Read the counters; waits for the device."""

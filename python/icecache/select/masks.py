@@ -205,6 +205,10 @@ class MaskPolicy(Protocol):
         """State at the end of the dense prefill; axis 0 of every tensor is the row."""
         ...
 
+    def describe(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Numbers worth reporting about a state, such as tuned parameters."""
+        ...
+
     def choose(self, view: StepView) -> Chosen:
         """Say what this step attends to."""
         ...
@@ -239,6 +243,10 @@ class Baseline:
 
     def prepare(self, prompt: Prompt) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Nothing to remember."""
+        return {}
+
+    def describe(self, state: dict[str, torch.Tensor]) -> dict[str, float]:  # noqa: ARG002
+        """Nothing to report."""
         return {}
 
 
@@ -276,6 +284,14 @@ def best(scores: torch.Tensor, allowed: torch.Tensor, k: int, *, first_wins: boo
     else:
         top = scores.topk(min(k, scores.shape[-1]), dim=-1, sorted=False).indices
     return none.scatter(-1, top, value=True) & allowed
+
+
+def group_weight(logits: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the softmax weights of a query group, summed: (B, H, G, T) becomes (B, H, 1, T).
+
+    The logarithm, because weights below 1e-38 would all be equal. NaN where nothing is live.
+    """
+    return torch.logsumexp(torch.log_softmax(logits, -1), 2, keepdim=True)
 
 
 def in_pages(tensor: torch.Tensor, axis: int, page_tokens: int, fill: float) -> torch.Tensor:

@@ -19,7 +19,10 @@ LENGTHS = (150, 97, 31)
 
 
 class Reference(Protocol):
-    """One row: keys (H, n, D); says which tokens the newest query (H, G, D) attends to: bool (H, G, n)."""
+    """One row: keys (H, n, D); says which tokens the newest query (H, G, D) attends to: bool (H, G, n).
+
+    `bias` (H, G, n), if there is one, was added to the logits of the latest step.
+    """
 
     def step(self, keys: np.ndarray, query: np.ndarray) -> np.ndarray: ...
 
@@ -110,6 +113,7 @@ def drive(
             n = t + 1 - s
             expected = rows[b].step(keys[b, :, s : t + 1], query[b])
             logits = np.einsum("hgd,hnd->hgn", query[b], keys[b, :, s : t + 1]) * SCALING
+            logits = logits + getattr(rows[b], "bias", 0.0)
             weights = softmax(np.where(expected, logits, -np.inf))
             assert not full[b, ..., n:].any()
             yield StepRow(
