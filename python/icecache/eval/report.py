@@ -68,6 +68,7 @@ def sections(results: Results, budget: int | None = None) -> Iterator[str]:
     yield "# Evaluation under a budget"
     yield introduction(results)
     yield controls(results)
+    yield summary(results, arms)
     for setup, length in results.groups:
         name = f"Setup {setup}" + (f", {length:,} tokens" if length else "")
         yield f"## {name}"
@@ -123,6 +124,18 @@ def controls(results: Results) -> str:
             "answers, more than another attention kernel does."
         )
     return "\n\n".join(lines)
+
+
+def summary(results: Results, arms: Sequence[str]) -> str:
+    """Write the macro average of every arm in every setup and length, side by side."""
+    header = ["arm"]
+    for setup, length in results.groups:
+        header += [f"{setup} {length:,}".removesuffix(" 0"), "Δ full"]
+    rows = []
+    for arm in arms:
+        columns = [cell for setup, length in results.groups for cell in macro_columns(results, setup, length, arm)[:2]]
+        rows.append([arm, *columns])
+    return f"## Macro averages, by setup and length\n\n{table(header, rows)}"
 
 
 def _differing(results: Results, arm: str) -> tuple[int, int] | None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from icecache.config import IceConfig
+from icecache.errors import DataError
 from icecache.eval.arms import Arm, dense_layers
 from icecache.eval.folder import RunFolder, check_folder
 from icecache.eval.greedy import Answer, answer_greedily
@@ -170,11 +174,25 @@ class Runner:
         progress = Progress(work, self.write)
         for job in jobs:
             began = time.perf_counter()
-            for arm, records in self.run_job(job):
-                self.folder.add(records)
-                now = time.perf_counter()
-                progress.add(arm.name, job.tokens, now - began, f"{job.cell.label} {job.setup}, {arm.name}")
-                began = now
+            with self._memory_errors(job):
+                for arm, records in self.run_job(job):
+                    self.folder.add(records)
+                    now = time.perf_counter()
+                    progress.add(arm.name, job.tokens, now - began, f"{job.cell.label} {job.setup}, {arm.name}")
+                    began = now
+
+    @contextmanager
+    def _memory_errors(self, job: Job) -> Iterator[None]:
+        """Say what to do where the device's memory is too small."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            msg = (
+                f"{job.cell.label}: the device's memory does not hold {len(job.prompts)} prompts of "
+                f"{job.prompts[0].n_most} tokens; {len(self.folder.done)} records are safe: run it with --resume and a "
+                "smaller --batch"
+            )
+            raise DataError(msg) from error
 
     def run_job(self, job: Job) -> Iterator[tuple[Arm, list[Record]]]:
         """Run the arms of a batch; they share one prefill."""

@@ -55,8 +55,8 @@ def _text(results, budget=None):
 
 
 def _row(text, *starts):
-    """First table row whose first cells are these."""
-    for line in text.splitlines():
+    """First table row whose first cells are these, behind the summary."""
+    for line in text.partition("## Setup")[2].splitlines() or text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[: len(starts)] == list(starts):
             return cells
@@ -119,6 +119,19 @@ def test_accounting_grades_labels_and_the_command_are_shown(results):
     assert "Suite `needle` is synthetic." in text
     assert "icecache eval run --out r" in text
     assert "a.jsonl (SHA-256 77)" in text
+
+
+def test_the_summary_puts_all_setups_and_lengths_side_by_side():
+    groups = [("A", 512, 30), ("B", 512, 20), ("B", 2048, 10)]
+    records = [
+        _records("kv", arm, right if arm != "full" else N, setup=setup, length=length)
+        for setup, length, right in groups
+        for arm in ("full", "icecache@64")
+    ]
+    summary = _text(_run(*records)).partition("## Macro averages")[2].partition("## Setup")[0]
+    assert "| A 512 " in summary
+    (row,) = [line.split("|") for line in summary.splitlines() if line.startswith("| icecache@64")]
+    assert [row[i].strip() for i in (2, 4, 6)] == ["75.0", "50.0", "25.0"]
 
 
 def test_setups_and_lengths_have_tables_of_their_own():

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
+from icecache.cli import build_parser
 from icecache.errors import ConfigError, DataError
 from icecache.eval.folder import MANIFEST, SAMPLES, read_manifest, read_records
 from icecache.eval.needle import needle_path
 from icecache.eval.options import EvalOptions
+from icecache.eval.progress import Progress
 from icecache.eval.run import run_eval
 
 
@@ -188,3 +192,33 @@ def test_a_folder_that_cannot_be_written_and_data_that_is_not_there_are_refused(
         run_eval(_options(tmp_path / "file" / "below"), write=lambda _: None)
     with pytest.raises(DataError, match="--data-dir must be a folder"):
         run_eval(_options(tmp_path / "r", data_dir=tmp_path / "none"), write=lambda _: None)
+
+
+def test_too_large_a_batch_for_the_device_says_what_to_do(tmp_path, monkeypatch):
+    def explode(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("icecache.eval.run.prefill", explode)
+    with pytest.raises(DataError, match=r"memory does not hold 2 prompts.*smaller --batch"):
+        run_eval(_options(tmp_path), write=lambda _: None)
+
+
+def test_the_time_left_is_estimated_from_each_arms_own_speed():
+    now, lines = [0.0], []
+    progress = Progress({"full": 10.0, "exact": 20.0}, lines.append, every_s=5, clock=lambda: now[0])
+    now[0] = 4.0
+    progress.add("full", 5, 4.0, "kv")
+    assert not lines
+    assert progress.left_s() == pytest.approx(5 * 0.8 + 20 * 0.8)  # exact is not known yet: as fast as the mean
+    now[0] = 64.0
+    progress.add("exact", 10, 60.0, "kv")
+    assert progress.left_s() == pytest.approx(5 * 0.8 + 10 * 6.0)
+    assert lines == ["kv: 50% done in 1:04, about 1:04 left"]
+
+
+def test_the_documented_commands_are_understood():
+    text = (Path(__file__).parents[3] / "docs" / "eval.md").read_text(encoding="utf-8")
+    commands = [line.partition("#")[0].replace("...", "") for line in text.splitlines() if line.startswith("icecache ")]
+    assert len(commands) >= 6
+    for command in commands:
+        assert build_parser().parse_args(shlex.split(command)[1:]).command == "eval"

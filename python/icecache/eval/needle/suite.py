@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -46,6 +46,12 @@ class NeedleTask:
     def score(self, prediction: str, sample: Sample) -> float:
         """1 if the words are those of the reference."""
         return float(words_of(prediction) == words_of(sample.references[0]))
+
+    def grades(self, prediction: str, sample: Sample) -> Mapping[str, float]:
+        """Share of the answer's words that stand in their place: tells a near miss from a guess."""
+        right = words_of(sample.references[0])
+        said = words_of(prediction)
+        return {"words in place": sum(a == b for a, b in zip(right, said, strict=False)) / len(right)}
 
 
 def words_of(text: str) -> list[str]:
