@@ -196,6 +196,7 @@ class Session:
             tpot_s=tpot_s,
             dense_layers=seen.dense_layers,
             generated_kept=seen.generated_kept,
+            parameters=dict(seen.parameters),
             rows=rows,
         )
 
