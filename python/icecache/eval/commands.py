@@ -24,6 +24,7 @@ def add_eval_parser(commands: Commands) -> None:
     parts = evaluate.add_subparsers(dest="part", required=True, metavar="PART")
     _add_run(parts)
     _add_report(parts)
+    _add_data(parts)
 
 
 def _add_run(parts: Commands) -> None:
@@ -88,6 +89,18 @@ def _add_report(parts: Commands) -> None:
     )
 
 
+def _add_data(parts: Commands) -> None:
+    data = parts.add_parser("data", help="official data files of a folder", allow_abbrev=False)
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="which are there, their rows, SHA-256 and errors with line numbers",
+        description="Look for every file that the suites can use. Fails if one is broken or none is there.",
+        allow_abbrev=False,
+    )
+    check.add_argument("folder", type=Path, metavar="DIR", help="what --data-dir will be")
+
+
 def run_command(args: argparse.Namespace) -> int:
     """Run a subcommand of `icecache eval`."""
     parts: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -95,6 +108,7 @@ def run_command(args: argparse.Namespace) -> int:
         "report": _report,
         "compare": _compare,
         "selftest": _selftest,
+        "data": _data,
     }
     return parts[args.part](args)
 
@@ -138,3 +152,9 @@ def _selftest(args: argparse.Namespace) -> int:  # noqa: ARG001 - has no argumen
     from icecache.eval.selftest import selftest
 
     return selftest(print)
+
+
+def _data(args: argparse.Namespace) -> int:
+    from icecache.eval.check import report_data
+
+    return 0 if report_data(args.folder, print) else 1

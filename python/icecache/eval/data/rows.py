@@ -35,20 +35,41 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     raise DataError(msg)
 
 
+def parse_line(line: str, number: int, path: Path) -> Row:
+    """Read one line of JSON lines.
+
+    Raises
+    ------
+    DataError
+        If it is no JSON object.
+    """
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        msg = f"{path}:{number}: not JSON: {error}"
+        raise DataError(msg) from error
+    if not isinstance(row, dict):
+        msg = f"{path}:{number}: expected a JSON object, got {type(row).__name__}"
+        raise DataError(msg)
+    return row
+
+
 def _json_lines(path: Path) -> Iterator[tuple[int, Row]]:
+    for number, line in text_lines(path):
+        yield number, parse_line(line, number, path)
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, with their numbers from 1.
+
+    Raises
+    ------
+    DataError
+        If the file is not UTF-8.
+    """
     with path.open(encoding="utf-8") as file:
         try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    msg = f"{path}:{number}: expected a JSON object, got {type(row).__name__}"
-                    raise DataError(msg)
-                yield number, row
-        except json.JSONDecodeError as error:
-            msg = f"{path}:{number}: not JSON: {error}"
-            raise DataError(msg) from error
+            yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
         except UnicodeDecodeError as error:
             msg = f"{path} is not UTF-8: {error}"
             raise DataError(msg) from error
