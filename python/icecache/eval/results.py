@@ -17,7 +17,7 @@ from icecache.eval.stats import Floats
 
 DISCRIMINATES: Final = 0.10
 """A task says something about a budget if random pages lose at least so much of full attention's score."""
-ORACLES: Final = ("token-oracle", "token-oracle-q", "page-oracle", "oracle-sampling")
+ORACLES: Final = ("token-oracle", "token-oracle-q", "page-oracle", "page-oracle-positional", "oracle-sampling")
 """Policies that read the true scores: bounds, not rivals."""
 CONTROL_ORDER: Final = ("full", "exact", "full-eager", "no-context", "random", "streaming")
 

@@ -164,8 +164,14 @@ def test_a_task_of_lm_eval_gets_the_prompt_of_our_suite(name: str, file: str, ne
     is_chat = name == "gsm8k_cot_llama"
     lm = IceHFLM(model, tokenizer, arm=Arm("icecache", 64))
     theirs = lm_eval.simple_evaluate(
-        model=lm, tasks=[config], task_manager=MANAGER, limit=1, bootstrap_iters=0,
-        apply_chat_template=is_chat, fewshot_as_multiturn=is_chat, log_samples=True,
+        model=lm,
+        tasks=[config],
+        task_manager=MANAGER,
+        limit=1,
+        bootstrap_iters=0,
+        apply_chat_template=is_chat,
+        fewshot_as_multiturn=is_chat,
+        log_samples=True,
     )
     sample = next(TASKS[name].samples(tokenizer, length=None, n=1, seed=0, data=DataDir(FIXTURES / "gsm8k")))
     prompt = prepare(sample, tokenizer)
