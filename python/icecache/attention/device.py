@@ -8,13 +8,17 @@ read from memory: the ticket and the columns from `state`, the pages from the ma
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from icecache.config import PAGE_TOKENS
+from icecache.pages import columns, row_dim
 from icecache.pages.near import NearBuffer
 from icecache.transfer import MailboxTensors
 
@@ -38,6 +42,41 @@ class StepShape:
     """Most near tokens, the newest included."""
     dtype: torch.dtype
     device: torch.device
+    shared: tuple[int, ...] = ()
+    """Layers of each group that shares pages, in order; empty: no layer shares any."""
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Layers of each group; one search, and one page table, serves a group."""
+        return self.shared or (1,) * self.n_layers
+
+    @property
+    def n_searches(self) -> int:
+        """Groups of layers."""
+        return len(self.group_sizes)
+
+    @property
+    def leaders(self) -> list[int]:
+        """First layer of each group."""
+        return list(itertools.accumulate(self.group_sizes, initial=0))[:-1]
+
+    def place_of(self, layer: int) -> tuple[int, int]:
+        """Group of a layer, and its place there; 0 leads."""
+        group = bisect.bisect_right(self.leaders, layer) - 1
+        return group, layer - self.leaders[group]
+
+    def row_dim(self, group: int) -> int:
+        """Elements of a page's row behind the leader's key."""
+        return row_dim(self.key_dim, self.value_dim, self.group_sizes[group])
+
+    def page_strides(self, layer: int) -> tuple[int, int, int, int]:
+        """Elements from the address of a page to the first key of a layer, from key to key, and for its values."""
+        group, place = self.place_of(layer)
+        width, values = self.row_dim(group), PAGE_TOKENS * self.key_dim
+        if place == 0:
+            return 0, self.key_dim, values, width
+        key, value = (values + x - self.key_dim for x in columns(place, self.key_dim, self.value_dim))
+        return key, width, value, width
 
 
 class DeviceStep:
@@ -52,7 +91,8 @@ class DeviceStep:
 
     def __init__(self, shape: StepShape, mailbox: MailboxTensors | None) -> None:
         self.shape, self.mailbox = shape, mailbox
-        lead = (shape.n_layers, shape.n_rows, shape.n_kv_heads)
+        units = (shape.n_rows, shape.n_kv_heads)
+        lead = (shape.n_layers, *units)
         columns = shape.near_tokens + SLACK_COLUMNS
         pinned = shape.device.type == "cuda"
         near = functools.partial(torch.zeros, dtype=shape.dtype, device=shape.device)
@@ -60,7 +100,7 @@ class DeviceStep:
         with torch.inference_mode(mode=False):
             self.near_keys = near((*lead, columns, shape.key_dim))
             self.near_values = near((*lead, columns, shape.value_dim))
-            self.table = torch.zeros(*lead, shape.n_pages, dtype=torch.int64, device=shape.device)
+            self.table = torch.zeros(shape.n_searches, *units, shape.n_pages, dtype=torch.int64, device=shape.device)
             self.state = torch.zeros(1 + 3 * shape.n_rows, dtype=torch.int32, device=shape.device)
             self._host_state = torch.zeros_like(self.state, device="cpu", pin_memory=pinned)
         self.ticket, self.bounds = self.state[:1], self.state[1:].view(shape.n_rows, 3)
@@ -127,6 +167,8 @@ class DeviceStep:
     ) -> torch.Tensor:
         """Put the newest token into the window and attend with its query.
 
+        A layer that shares pages reads those that its leader was told in this step.
+
         Parameters
         ----------
         query : torch.Tensor
@@ -146,14 +188,22 @@ class DeviceStep:
         shape, box = self.shape, self.mailbox
         self.scaling[layer], self.softcap[layer] = scaling, softcap
         grouped = query.reshape(shape.n_rows, shape.n_kv_heads, shape.group, shape.key_dim).contiguous()
-        near_keys, near_values, table = self.near_keys[layer], self.near_values[layer], self.table[layer]
-        if box is not None:  # first of all: what follows runs while the host searches
-            mailbox_post(grouped, box.queries[layer, : shape.n_rows], box.request[layer : layer + 1], self.ticket)
+        group, place = shape.place_of(layer)
+        near_keys, near_values, table = self.near_keys[layer], self.near_values[layer], self.table[group]
+        if box is not None and place == 0:  # first of all: what follows runs while the host searches
+            mailbox_post(grouped, box.queries[group, : shape.n_rows], box.request[group : group + 1], self.ticket)
         window_append(keys, values, near_keys, near_values, self.bounds)
-        if box is not None:
-            answered, timeout = box.answered[layer : layer + 1], box.timeout[layer : layer + 1]
-            mailbox_wait(answered, box.table[layer, : shape.n_rows], timeout, self.ticket, table)
+        if box is not None and place == 0:
+            answered, timeout = box.answered[group : group + 1], box.timeout[group : group + 1]
+            mailbox_wait(answered, box.table[group, : shape.n_rows], timeout, self.ticket, table)
         out, self.lse[layer] = paged_decode(
-            grouped, near_keys, near_values, self.bounds, table, scaling, softcap=softcap
+            grouped,
+            near_keys,
+            near_values,
+            self.bounds,
+            table,
+            scaling,
+            softcap=softcap,
+            page_strides=shape.page_strides(layer),
         )
         return out.reshape(shape.n_rows, 1, -1, shape.value_dim)

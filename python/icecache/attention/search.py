@@ -75,7 +75,7 @@ class EngineSearch:
             self._engine = self._start()
             self._services.inserter.pool = self._engine.background
         axes = MailboxShape(
-            n_layers=shape.n_layers,
+            n_layers=shape.n_searches,
             n_rows=shape.n_rows,
             n_kv_heads=shape.n_kv_heads,
             group=shape.group,
@@ -96,10 +96,11 @@ class EngineSearch:
             If a worker is still busy with an earlier step.
         """
         held = self._boxes[id(step.mailbox)]
-        changes = [p.changes for p in pages]
-        same = len(held.pages) == len(pages) and all(a() is b for a, b in zip(held.pages, pages, strict=True))
+        leaders = [p for p in pages if p.place == 0]
+        changes = [p.changes for p in leaders]
+        same = len(held.pages) == len(leaders) and all(a() is b for a, b in zip(held.pages, leaders, strict=True))
         if not same:
-            self._bind(held, step, pages, n_pages)
+            self._bind(held, step, leaders, n_pages)
         ticket = held.box.begin_step(refresh=held.changes != changes)
         held.changes, held.in_flight = changes, True
         return ticket
@@ -107,11 +108,11 @@ class EngineSearch:
     def _bind(self, held: _Box, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
         held.pages = []
         held.binding += 1
-        for layer, p in enumerate(pages):
+        for group, (layer, p) in enumerate(zip(step.shape.leaders, pages, strict=True)):
             scaling = step.scaling[layer]
             assert scaling is not None, "a step is bound after its rehearsal"
             held.box.bind(
-                layer,
+                group,
                 p.forests,
                 n_pages,
                 scaling=scaling,
@@ -148,13 +149,15 @@ class EngineSearch:
         times = held.box.times()
         recorder.ms["search"] += float((times[:, 1] - times[:, 0]).sum()) / 1e6
         words = held.tensors.table.numpy().view(np.uint64)
-        n_pages = int(np.count_nonzero(words))
+        sizes = np.array(shape.group_sizes)  # every layer of a group reads its own keys and values of the pages
+        n_pages = int(np.count_nonzero(words, axis=(1, 2, 3)) @ sizes)
         recorder.pages_read += n_pages
         recorder.bytes_to_device += n_pages * PAGE_TOKENS * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
-        live = _LIVE[words >> np.uint64(ADDRESS_BITS)].sum(-1)  # (L, R, H)
+        live = _LIVE[words >> np.uint64(ADDRESS_BITS)].sum(-1).repeat(sizes, axis=0)  # (L, R, H)
         recorder.attended(live + np.array(step.near_counts)[:, None])
         held.n_steps += 1
-        attended = [x for x in step.lse if x is not None]
+        # The search knows all the mass of the leaders' queries, and nothing of the others'.
+        attended = [x for layer in shape.leaders if (x := step.lse[layer]) is not None]
         if held.n_steps % MASS_EVERY == 1 and attended:
             kept = kept_sum(torch.stack(attended), held.tensors.lse[:, : shape.n_rows].numpy())
             add_mass(self._services, shape.device, kept, sum(x.numel() for x in attended))

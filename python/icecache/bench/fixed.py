@@ -30,7 +30,7 @@ class FixedPages:
 
     def mailbox(self, shape: StepShape) -> None:
         """Pin the pages to choose from; nobody is asked."""
-        page = PAGE_TOKENS * (shape.key_dim + shape.value_dim)
+        page = PAGE_TOKENS * (shape.key_dim + max(shape.row_dim(group) for group in range(shape.n_searches)))
         n_pages = _POOL_BYTES // (page * shape.dtype.itemsize)
         self._pool = torch.empty(n_pages, page, dtype=shape.dtype, pin_memory=True)
         self._pool[:64].normal_(generator=self._generator)

@@ -195,11 +195,18 @@ class GraphDecoder:
             near_tokens=layout.sink_tokens + layout.window_tokens + PAGE_TOKENS + 1,
             dtype=near.keys.dtype,
             device=near.keys.device,
+            shared=_shared(request.pages),
         )
         step = self._steps.get(shape)
         if step is None:
             step = self._steps[shape] = DeviceStep(shape, self.search.mailbox(shape))
         return step
+
+
+def _shared(pages: Sequence[LayerPages]) -> tuple[int, ...]:
+    """Layers of each group that shares pages; nothing if none do."""
+    sizes = tuple(p.shelf.n_places for p in pages if p.place == 0)
+    return () if len(sizes) == len(pages) else sizes
 
 
 def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
@@ -213,9 +220,7 @@ def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
     if not isinstance(selector, TreeSearch) or selector.exact:
         return None
     reason = None
-    if engine.config.reuse > 1:
-        reason = "layers share pages (reuse)"
-    elif importlib.util.find_spec("triton") is None:
+    if importlib.util.find_spec("triton") is None:
         reason = "triton is not installed"
     elif "forward" in model.__dict__:
         reason = "something else has replaced model.forward"

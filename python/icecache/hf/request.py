@@ -68,7 +68,7 @@ def read_request(step: Step, arguments: Mapping[str, object]) -> Request | None:
     NotCapturableError
         If no decode step of this model can be one.
     CacheStateError
-        If the mask contradicts earlier masks, as in an eager step.
+        If the mask contradicts earlier masks, or only some layers that share pages were cropped, as in an eager step.
     """
     cache = next((x for name in CACHE_NAMES if isinstance(x := arguments.get(name), Cache)), None)
     ids = arguments.get("input_ids")
@@ -99,8 +99,12 @@ def _uniform(pages: list[LayerPages]) -> bool:
     """Whether all layers hold the same tokens near, in shapes that one buffer can have, and new ones just go behind."""
     first = pages[0].near
     shape = (first.keys.shape[:2], first.keys.shape[3], first.values.shape[3], first.keys.dtype, first.keys.device)
+    leader = pages[0]
     for p in pages:
-        near = p.near
+        leader, near = (p if p.place == 0 else leader), p.near
+        if p.shelf is not leader.shelf:  # only some of its layers were reordered: the eager step says so
+            return False
+        p.shelf.check_even()
         if not p.forests or (near.sinks, near.starts, near.stop) != (first.sinks, first.starts, first.stop):
             return False
         if (near.keys.shape[:2], near.keys.shape[3], near.values.shape[3], near.keys.dtype, near.keys.device) != shape:

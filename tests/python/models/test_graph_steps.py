@@ -108,6 +108,40 @@ def test_beams_that_swap_rows_are_followed():
     assert torch.equal(eager[0], ours[0])
 
 
+@pytest.mark.parametrize("reuse", [2, pytest.param(3, marks=pytest.mark.gpu)])
+def test_layers_that_share_pages_read_what_their_leader_is_told(reuse):
+    """Three layers: one group of two and one of one, or one group."""
+    inputs, model, results = left_padded([150, 70, 101]), build("llama").to(DEVICE), []
+    for device_steps in (False, True):
+        with IceRuntime.wrap(model, **SMALL, reuse=reuse) as runtime:
+            search = with_device_steps(runtime) if device_steps else None
+            out = generate(model, inputs, n_new=40 if GPU else N_NEW)
+            stats = runtime.stats()
+            results.append((out, [stats.pages_read, stats.attended_mean, stats.attended_max]))
+            if search is not None:
+                assert [len(box.tensors.table) for box in search._boxes.values()] == [len(range(0, 3, reuse))]
+    assert search.steps > 0
+    (eager, told), (ours, counted) = results
+    assert torch.equal(eager[0], ours[0])
+    assert (eager[1] - ours[1]).abs().max() <= 1e-4 * eager[1].abs().max()
+    assert counted == told
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reuse", [2, 3])
+def test_layers_that_share_pages_equal_dense_attention_and_a_cpu(reuse):
+    inputs, tokens = {"input_ids": prompt(2, 150)}, {}
+    dense = generate(build("llama").to(DEVICE), inputs)
+    (_, ours), _ = both_ways("llama", inputs, budget=48 + 320, reuse=reuse)
+    assert torch.equal(dense[0], ours[0])
+    for device in ("cpu", "cuda"):
+        model = build("llama").to(device)
+        with IceRuntime.wrap(model, **{**SMALL, "decode": "auto"}, reuse=reuse):
+            ids = {name: x.to(device) for name, x in inputs.items()}
+            tokens[device] = model.generate(**ids, max_new_tokens=60, do_sample=False).cpu()
+    assert torch.equal(tokens["cpu"], tokens["cuda"])
+
+
 def test_two_sequences_take_turns_on_the_same_buffers():
     model, ids, more = build("llama").to(DEVICE), prompt(2, 120).to(DEVICE), prompt(2, N_NEW // 2, seed=1).to(DEVICE)
 
