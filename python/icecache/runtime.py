@@ -44,6 +44,8 @@ class IceRuntime:
         chosen = make_policy(policy, config)
         masks = chosen.masks
         self.policy = policy if isinstance(policy, str) else policy.name
+        if config.reuse == 1:
+            config = replace(config, reuse=chosen.reuse)
         if config.reuse > 1 and not chooses_pages(chosen.selector):
             msg = f"reuse must be 1 for policy {self.policy!r}, which chooses no pages, got {config.reuse}"
             raise ConfigError(msg)

@@ -194,6 +194,7 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
             times = [_timed(decoding.step) for _ in range(cell.steps)]
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
             stats = None if decoding.runtime is None else decoding.runtime.stats()
+            n_searches = 1 if decoding.runtime is None else len(decoding.runtime.layer_groups)
         finally:
             decoding.close()
     nan = float("nan")
@@ -207,7 +208,7 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
         kv_device_bytes=max(peak - on_device, 0),
         kv_host_bytes=host_bytes,
         fill_parts_ms=parts,
-        search_us_layer=nan if stats is None else stats.ms["search"] * 1e3 / max(stats.steps, 1) / content.n_layers,
+        search_us_layer=nan if stats is None else stats.ms["search"] * 1e3 / max(stats.steps, 1) / n_searches,
         insert_wait_ms=0.0 if stats is None else stats.ms["insert_wait"],
         attended=nan if stats is None else stats.attended_mean,
     )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 METHODS = {
     "ice": "IceCache: search on the host, a step in one CUDA graph",
     "ice-6": "the same with 6 candidates per page read instead of 24",
+    "ice-reuse": "the same as ice, and of 3 layers one searches for all",
     "ice-eager": "IceCache, op by op",
     "ice-no-search": "IceCache with a fixed page choice, a step in one CUDA graph",
     "hf": "Hugging Face, sdpa, DynamicCache",
@@ -99,8 +100,9 @@ def start(
     if method not in METHODS:
         msg = f"method must be one of {', '.join(METHODS)}, got {method!r}"
         raise ConfigError(msg)
-    decode = "auto" if method in ("ice", "ice-6") else "eager"
-    runtime = IceRuntime.wrap(model, budget=budget, decode=decode, candidates_per_page=6 if method == "ice-6" else 24)
+    decode = "auto" if method in ("ice", "ice-6", "ice-reuse") else "eager"
+    reuse, candidates = 3 if method == "ice-reuse" else 1, 6 if method == "ice-6" else 24
+    runtime = IceRuntime.wrap(model, budget=budget, decode=decode, reuse=reuse, candidates_per_page=candidates)
     if method == "ice-no-search":
         runtime._hooks.decode_with(GraphDecoder(model, runtime._engine, FixedPages(content.seed)))
     return _decoding(model, runtime.new_cache, content, prompt, runtime.unwrap, runtime)

@@ -21,6 +21,8 @@ from icecache.policies.snapkv import SnapKV
 from icecache.policies.token_oracle import TokenOracle
 from icecache.select import MaskPolicy, RandomPages, Selector, TreeSearch
 
+PUBLISHED_REUSE = 3
+"""Layers that share pages in IceCache(reuse), as published (arXiv 2604.10539)."""
 STREAMING_SINK_TOKENS = 4
 """Attention sinks of StreamingLLM (Xiao et al., arXiv 2309.17453)."""
 
@@ -39,12 +41,15 @@ class Policy:
         Set: everything stays on the device and this masks it; layout and selector mean nothing then.
     generated_kept : str
         What becomes of generated tokens, see :class:`icecache.select.MaskPolicy`.
+    reuse : int
+        Layers that share pages where the config leaves them alone (1).
     """
 
     layout: Layout
     selector: Selector | None
     masks: MaskPolicy | None = None
     generated_kept: str = "indexed"
+    reuse: int = 1
 
 
 _PAGES: dict[str, Callable[[IceConfig], Selector]] = {
@@ -68,7 +73,8 @@ _MASKS: dict[str, Callable[[IceConfig], MaskPolicy]] = {
     ),
     "oracle-sampling": lambda config: OracleSampling(config.budget, seed=config.seed),
 }
-POLICIES = (*_PAGES, "streaming", *_MASKS)
+REUSING = "icecache-reuse"
+POLICIES = (*_PAGES, REUSING, "streaming", *_MASKS)
 
 
 def make_policy(policy: str | MaskPolicy, config: IceConfig) -> Policy:
@@ -77,7 +83,8 @@ def make_policy(policy: str | MaskPolicy, config: IceConfig) -> Policy:
     Parameters
     ----------
     policy : str or MaskPolicy
-        "icecache": tree search. "page-oracle": the same pages, scored exactly. "random": random pages. "streaming":
+        "icecache": tree search. "icecache-reuse": the same with ``reuse=3``, or the config's, if that is more than 1.
+        "page-oracle": the same pages, scored exactly. "random": random pages. "streaming":
         StreamingLLM without re-numbering: the first 4 and the last ``budget - 4`` tokens; what leaves the window is
         forgotten, so later chunks are always processed token by token. The others are classes of this package, each
         with its source, rule and defaults: "full", "snapkv", "h2o", "quest", "arkvale", "pqcache", "omnikv",
@@ -91,6 +98,8 @@ def make_policy(policy: str | MaskPolicy, config: IceConfig) -> Policy:
     layout = Layout(config.sink_tokens, config.window_tokens)
     if not isinstance(policy, str):
         return Policy(layout, None, policy, policy.generated_kept)
+    if policy == REUSING:
+        return Policy(layout, TreeSearch(), reuse=PUBLISHED_REUSE)
     if policy in _PAGES:
         return Policy(layout, _PAGES[policy](config))
     if policy in _MASKS:

@@ -265,6 +265,13 @@ def test_policies_that_choose_no_pages_are_refused(policy):
         IceRuntime.wrap(build("llama"), policy=policy, reuse=2)
 
 
+def test_the_policy_of_that_name_shares_pages_as_published_unless_told_otherwise():
+    for settings, groups in (({}, ((0, 1, 2), (3, 4))), ({"reuse": 2}, ((0, 1), (2, 3), (4,)))):
+        with IceRuntime.wrap(deep_model(), policy="icecache-reuse", **settings) as runtime:
+            assert runtime.layer_groups == groups
+            assert runtime.config.reuse == len(groups[0])
+
+
 @pytest.mark.parametrize("reuse", [0, 65, 1.5, True, "3"])
 def test_reuse_is_checked(reuse):
     with pytest.raises(ConfigError, match=r"reuse must be an integer in 1..=64"):
