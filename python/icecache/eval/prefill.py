@@ -1,6 +1,7 @@
 """One dense prefill of a batch, and every arm's own continuation of it.
 
-Arms whose pages are cut alike share one index: the first of them builds it, the others fork it.
+Arms whose pages are cut alike share one index: the first of them builds it, the others fork it (not where steps run as
+CUDA graphs; `--set decode=eager` shares there, too).
 """
 
 from __future__ import annotations
@@ -230,7 +231,9 @@ def attend(model: PreTrainedModel, arm: Arm, base: IceConfig, prefilled: Prefill
 
 def _source(model: PreTrainedModel, policy: str, config: IceConfig, prefilled: Prefilled) -> tuple[Cache, float]:
     """Cache to take over: pages where policies share them, else the dense one."""
-    if policy not in SHARED_PAGES:
+    # A graph on a GPU wants pages of its own runtime, in memory that this runtime has page-locked.
+    captured = model.device.type == "cuda" and config.decode == "auto"
+    if policy not in SHARED_PAGES or captured:
         return prefilled.cache, 0.0
     cut = (config.sink_tokens, config.window_tokens, config.dense_layers, config.dense_below)
     if cut not in prefilled.pages:
