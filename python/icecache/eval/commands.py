@@ -25,6 +25,7 @@ def add_eval_parser(commands: Commands) -> None:
     _add_run(parts)
     _add_report(parts)
     _add_data(parts)
+    _add_harness(parts)
 
 
 def _add_run(parts: Commands) -> None:
@@ -101,6 +102,28 @@ def _add_data(parts: Commands) -> None:
     check.add_argument("folder", type=Path, metavar="DIR", help="what --data-dir will be")
 
 
+def _add_harness(parts: Commands) -> None:
+    harness = parts.add_parser(
+        "harness",
+        help="tasks of lm-evaluation-harness with several policies",
+        description="Runs lm-eval's own tasks (pip install icecache[eval]) with full attention and with each policy. "
+        "One file an arm and setup; arms whose file is in --out are left out.",
+        allow_abbrev=False,
+    )
+    harness.add_argument("--out", type=Path, required=True, metavar="DIR", help="for ARM-SETUP.json")
+    harness.add_argument("--tasks", type=task_list, required=True, metavar="A,B,...", help="names in lm-eval")
+    harness.add_argument("--model", metavar="M", help="needle-3m (default, shipped), a folder, or a hub id")
+    harness.add_argument("--policies", type=task_list, metavar="A,B,...", help="default icecache")
+    harness.add_argument("--budgets", type=count_list, metavar="N,N,...", help="tokens attended (default 64,256)")
+    harness.add_argument("--setup", type=task_list, metavar="A,B", help="as in run (default B)")
+    harness.add_argument("--limit", type=int, metavar="N", help="documents a task")
+    harness.add_argument("--chat-template", action="store_true", help="lm-eval's --apply_chat_template")
+    harness.add_argument("--multiturn", action="store_true", help="lm-eval's --fewshot_as_multiturn")
+    harness.add_argument("--include", type=Path, metavar="DIR", help="further tasks: lm-eval's --include_path")
+    harness.add_argument("--device", help="cpu (default), cuda, ...")
+    harness.add_argument("--dtype", help="as in run")
+
+
 def run_command(args: argparse.Namespace) -> int:
     """Run a subcommand of `icecache eval`."""
     parts: dict[str, Callable[[argparse.Namespace], int]] = {
@@ -109,6 +132,7 @@ def run_command(args: argparse.Namespace) -> int:
         "compare": _compare,
         "selftest": _selftest,
         "data": _data,
+        "harness": _harness,
     }
     return parts[args.part](args)
 
@@ -158,3 +182,20 @@ def _data(args: argparse.Namespace) -> int:
     from icecache.eval.check import report_data
 
     return 0 if report_data(args.folder, print) else 1
+
+
+def _harness(args: argparse.Namespace) -> int:
+    from icecache.eval.harness.run import HarnessOptions, run_harness
+    from icecache.eval.options import EvalOptions
+
+    names = ("out", "model", "policies", "budgets", "setup", "limit", "device", "dtype")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    options = HarnessOptions(
+        run=EvalOptions(**given, controls=("full",)),
+        tasks=args.tasks,
+        chat_template=args.chat_template,
+        multiturn=args.multiturn,
+        include=args.include,
+    )
+    run_harness(options, print)
+    return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed", allow_module_level=True)
 
 import lm_eval
+from icecache.cli import main
 from icecache.errors import ConfigError
 from icecache.eval.arms import Arm
 from icecache.eval.folder import read_records
@@ -181,3 +184,31 @@ def test_a_task_of_lm_eval_gets_the_prompt_of_our_suite(name: str, file: str, ne
     scores = theirs["results"][name]
     assert scores["exact_match,flexible-extract"] == TASKS[name].score(answer, sample)
     assert scores["exact_match,strict-match"] == TASKS[name].grades(answer, sample)["strict"]
+
+
+def test_the_command_runs_a_task_with_every_arm_and_goes_on_where_it_stopped(
+    tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+    rows = FIXTURES / "gsm8k" / "test.jsonl"
+    (tmp_path / "sums.yaml").write_text(
+        f"task: icecache_test_sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {rows}}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_target: '{{answer}}'\n"
+        "doc_to_text: '{{question}}\ue000 A:'\n"
+        "generation_kwargs: {until: [], max_gen_toks: 6}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    out = tmp_path / "out"
+    command = ["eval", "harness", "--out", str(out), "--limit", "2", "--budgets", "64", "--include", str(tmp_path)]
+    assert main([*command, "--tasks", "icecache_test_sums"]) == 0
+    assert {path.name for path in out.iterdir()} == {"full-B.json", "icecache@64-B.json"}
+    assert "exact_match" in capsys.readouterr().out
+    content = json.loads((out / "icecache@64-B.json").read_text())
+    assert [request["n_generated"] for request in content["requests"]] == [6, 6]
+    (out / "full-B.json").unlink()
+    before = (out / "icecache@64-B.json").stat().st_mtime_ns
+    assert main([*command, "--tasks", "icecache_test_sums"]) == 0
+    assert (out / "full-B.json").exists()
+    assert (out / "icecache@64-B.json").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        main([*command, "--tasks", "no_such_task"])
+    assert "got no_such_task" in capsys.readouterr().err

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from icecache.cli import main
 from icecache.errors import DataError
 from icecache.eval.harness.marks import hold_conversation, mark, read_sample
 from icecache.eval.longbench.sets import SETS
@@ -62,3 +64,10 @@ def test_the_question_of_a_longbench_prompt_is_found_by_its_wording(chosen) -> N
         sample = read_sample(template.rstrip().format(**row), blank(f"longbench_{chosen.name}"))
         assert row["context"] in sample.context
         assert row["input"] in (sample.context if chosen.name == "repobench-p" else sample.question)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-eval is installed")
+def test_without_lm_eval_the_command_says_what_to_install(tmp_path: Path, capsys) -> None:
+    assert main(["eval", "harness", "--out", str(tmp_path / "out"), "--tasks", "gsm8k_cot"]) == 1
+    assert "pip install icecache[eval]" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

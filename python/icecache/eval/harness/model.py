@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from icecache.config import IceConfig
 from icecache.errors import ConfigError
-from icecache.eval.arms import Arm
+from icecache.eval.arms import Arm, DenseLayers, dense_layers
 from icecache.eval.greedy import answer_greedily
 from icecache.eval.harness.marks import hold_conversation, is_without_template, read_sample
 from icecache.eval.longbench.truncate import truncate_middle
@@ -86,6 +86,8 @@ class IceHFLM(HFLM):  # type: ignore[misc]
         A: the question is part of the dense prefill. B: question and answer attend sparsely.
     base : IceConfig, optional
         Settings of all arms.
+    dense : {"matched", "published"}, default="matched"
+        Layers that stay dense: the same for all arms (none below 16 layers, else the first two), or each policy's own.
     max_length : int, optional
         Most tokens of prompt and answer; default: the model's.
 
@@ -103,10 +105,11 @@ class IceHFLM(HFLM):  # type: ignore[misc]
         arm: Arm = FULL,
         setup: Setup = "B",
         base: IceConfig | None = None,
+        dense: DenseLayers = "matched",
         max_length: int | None = None,
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=1, max_length=max_length)
-        self.base = base or IceConfig(dense_below=0)
+        self.base, self.dense = base or IceConfig(dense_below=0), dense
         self.served: list[Served] = []
         self.setup: Setup = setup
         self.use(arm)
@@ -178,7 +181,8 @@ class IceHFLM(HFLM):  # type: ignore[misc]
             )
             raise ConfigError(msg)
         prefilled = prefill(self.model, [prompt], self.setup)
-        with attend(self.model, self.arm, self.base, prefilled) as session:
+        layers = dense_layers(self.arm, self.dense, self.model.config.get_text_config().num_hidden_layers)
+        with attend(self.model, self.arm, replace(self.base, dense_layers=layers), prefilled) as session:
             n_first = session.cache.get_seq_length()
             (answer,), timing = answer_greedily(self.model, self.tokenizer, [prompt], session.cache, self.setup)
             stats = session.stats(
