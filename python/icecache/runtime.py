@@ -62,7 +62,7 @@ class IceRuntime:
             selector=chosen.selector,
             n_pages=config.retrieved_pages,
             candidates=config.candidates,
-            offload=Offload(pool),
+            offload=Offload(pool, config.reuse),
             inserter=Inserter(),
         )
         register()

@@ -1,7 +1,7 @@
 """Take prompts off a GPU in the background: copies and packing of one layer run while the GPU computes the next ones.
 
-One thread, one job a layer, in order. At most `DEPTH` layers wait: whoever brings another one waits too, so that the
-keys and values of a few layers, and not of all, are on the device at a time.
+One thread, one job a layer (or group of layers that share pages), in order. At most `DEPTH` layers, or one group, wait:
+whoever brings another one waits too, so that the keys and values of a few layers, and not of all, are on the device.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ class Offload:
     ----------
     pool : Pool
         Whose threads pack.
+    layers : int
+        Layers of a job: those that share pages leave together.
     """
 
-    def __init__(self, pool: _core.Pool) -> None:
+    def __init__(self, pool: _core.Pool, layers: int = 1) -> None:
         self._pool = pool
-        self._slots = threading.Semaphore(DEPTH)
+        self._slots = threading.Semaphore(max(1, DEPTH // layers))
         self._thread: ThreadPoolExecutor | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def submit(self, recorder: Recorder, departures: Sequence[Departure]) -> Future[None]:
-        """Queue what was enqueued on the current stream so far; waits while `DEPTH` layers are under way.
+        """Queue what was enqueued on the current stream so far; waits while too many layers are under way.
 
         The tensors are kept until they are copied. The result raises what :func:`insert` raises.
         """
