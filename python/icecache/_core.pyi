@@ -35,6 +35,9 @@ class Pool:
 def default_workers() -> int:
     """Search workers that suit this machine; 0: fewer cores than a step with polling workers needs."""
 
+def spare_cores() -> list[int]:
+    """Cores that search workers leave to everything else on this machine."""
+
 def topology() -> tuple[int, int, int]:
     """Logical cores and physical cores of this process, and their NUMA nodes."""
 
@@ -77,7 +80,7 @@ class HostMemory:
         """Why memory that should have been page-locked is pageable; None: nothing of the kind happened."""
 
 class Engine:
-    """Threads that search for a device, bound to cores, and threads that insert in the background.
+    """Threads that search for a device, bound to cores.
 
     Parameters
     ----------
@@ -102,12 +105,6 @@ class Engine:
     @property
     def workers(self) -> int:
         """Search workers."""
-    @property
-    def background_threads(self) -> int:
-        """Threads that insert."""
-    @property
-    def background(self) -> Pool:
-        """The threads that insert, as a pool: on cores that search workers leave over."""
     def mailbox(
         self,
         memory: HostMemory,
@@ -151,20 +148,10 @@ class Mailbox:
         exact: bool = False,
     ) -> None:
         """Set the sequences of a search layer, one per row, and how they are searched, from the next step on."""
-    def insert(self, forests: list[Forest], keys: list[_Bytes], values: list[_Bytes]) -> None:
-        """Queue keys and values (H, n, bytes) of many sequences as one batch, all or nothing; returns at once, copies.
-
-        Steps see the tokens from the next ``begin_step(refresh=True)`` on.
-        """
-    def join_inserts(self) -> None:
-        """Wait for all queued inserts; raises the first failure. That batch and all after it did not go in."""
-    def inserts_done(self) -> bool:
-        """Whether all queued inserts are done."""
     def begin_step(self, *, refresh: bool = False) -> int:
         """Start a step and return its ticket, 1..2**32; workers answer from now on.
 
-        With `refresh`, or after `bind`, it waits for inserts and searches what the forests hold now; otherwise it
-        searches what the step before searched.
+        With `refresh`, or after `bind`, it searches what the forests hold now; otherwise what the step before searched.
         """
     def end_step(self) -> None:
         """End the step, which the device has finished; raises what went wrong. Without a step it does nothing."""
@@ -219,6 +206,8 @@ class PageStore:
         """Bytes of the pages in use."""
     def reserved_bytes(self) -> int:
         """Bytes taken from the system."""
+    def start_background(self) -> None:
+        """Begin the thread that packs aside; it inherits cores and priority of the calling thread."""
     def reserve(self, n_bytes: int) -> None:
         """Take memory now for `n_bytes` more of pages, up to the limit: page-locking it later would delay a step."""
 

@@ -53,17 +53,17 @@ class IceRuntime:
             config = replace(config, dense_below=_NEVER)
         self.model, self.config, self._chosen = model, config, chosen
         self._recorder = Recorder()
-        pool = shared_pool(config.threads)
+        pool, inserter = shared_pool(config.threads), Inserter()
         self._services = Services(
             pool=pool,
-            stores=Stores(config.host_memory, pool),
+            stores=Stores(config.host_memory, pool, serve=inserter.serve),
             staging=Staging(),
             recorder=self._recorder,
             selector=chosen.selector,
             n_pages=config.retrieved_pages,
             candidates=config.candidates,
             offload=Offload(pool, config.reuse),
-            inserter=Inserter(),
+            inserter=inserter,
         )
         register()
         self._engine = Engine(

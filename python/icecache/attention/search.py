@@ -73,7 +73,6 @@ class EngineSearch:
             memory = self._memory = self._memory or _core.HostMemory(self._services.pool, pin="never")
         if self._engine is None:
             self._engine = self._start()
-            self._services.inserter.pool = self._engine.background
         axes = MailboxShape(
             n_layers=shape.n_searches,
             n_rows=shape.n_rows,

@@ -8,8 +8,12 @@ one place, and what is attended depends on the number of steps alone: an insert 
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 _THREADS = 2
 """Of a pool of our own: 16 tokens for 256 trees take some 20 ms of one core, and there are 16 steps for it."""
+_NICE = 19
+"""Least priority: whoever waits for an insert does not use the processor meanwhile."""
 _LEAST_LEAD = 8
 """Steps between hand-over and adoption. Rows that come nearer to the latter, after a later chunk, say, are inserted at
 once when they are due."""
@@ -42,20 +48,36 @@ class Handed:
 
 
 class Inserter:
-    """The background thread of one runtime; it starts with its first job."""
+    """The background thread of one runtime and those that work for it; they start with the first job.
+
+    All stay on the cores that search workers leave to others, and step back behind the thread that launches the model:
+    a worker or a launch that loses its core for a time slice costs a token milliseconds.
+    """
 
     def __init__(self) -> None:
-        self.pool: _core.Pool | None = None
-        """Whose threads insert: those that search workers leave cores for; None: a small one of our own."""
+        self._pool: _core.Pool | None = None
         self._thread: ThreadPoolExecutor | None = None
+
+    def serve(self, store: _core.PageStore) -> None:
+        """Let stretches of forests in `store` be packed on our cores too."""
+        self._started().submit(store.start_background).result()
 
     def submit(self, recorder: Recorder, moves: Sequence[Move], ready: torch.cuda.Event | None) -> Future[None]:
         """Insert once `ready` has happened; the result raises what :func:`insert` raises."""
-        if self.pool is None:
-            self.pool = _core.Pool(_THREADS)
+        return self._started().submit(self._run, recorder, list(moves), ready)
+
+    def _started(self) -> ThreadPoolExecutor:
         if self._thread is None:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="icecache-insert")
-        return self._thread.submit(_run, self.pool, recorder, list(moves), ready)
+            name = "icecache-insert"
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name, initializer=_step_back)
+        return self._thread
+
+    def _run(self, recorder: Recorder, moves: list[Move], ready: torch.cuda.Event | None) -> None:
+        if self._pool is None:
+            self._pool = _core.Pool(_THREADS)  # here: its threads inherit cores and priority of this one
+        if ready is not None:
+            ready.synchronize()  # sync: this thread only
+        insert(self._pool, recorder, moves)
 
     def close(self) -> None:
         """End the thread once its jobs are done."""
@@ -64,10 +86,13 @@ class Inserter:
             self._thread = None
 
 
-def _run(pool: _core.Pool, recorder: Recorder, moves: list[Move], ready: torch.cuda.Event | None) -> None:
-    if ready is not None:
-        ready.synchronize()  # sync: this thread only
-    insert(pool, recorder, moves)
+def _step_back() -> None:
+    """Keep the calling thread and those it starts out of the way of launches and searches, where the system can."""
+    if sys.platform != "linux":
+        return
+    with suppress(OSError):  # a container may forbid it
+        os.sched_setaffinity(0, _core.spare_cores())
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
 def hand_over(inserter: Inserter, recorder: Recorder, layers: Sequence[LayerPages]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -105,12 +105,18 @@ class Stores:
         Its threads commit page-locked memory; None: memory is never page-locked.
     memory : HostMemory or None
         Where memory comes from, whatever the device; None: page-locked memory for a GPU, the ordinary one otherwise.
+    serve : callable or None
+        Called with each new store whose pages a GPU reads.
     """
 
     def __init__(
-        self, limit_bytes: int | None, pool: _core.Pool | None = None, memory: _core.HostMemory | None = None
+        self,
+        limit_bytes: int | None,
+        pool: _core.Pool | None = None,
+        memory: _core.HostMemory | None = None,
+        serve: Callable[[_core.PageStore], None] | None = None,
     ) -> None:
-        self.limit_bytes, self.pool, self.memory = limit_bytes, pool, memory
+        self.limit_bytes, self.pool, self.memory, self.serve = limit_bytes, pool, memory, serve
         self._fixed = memory is not None
         self._stores: dict[tuple[int, int, torch.dtype, str], _core.PageStore] = {}
 
@@ -126,7 +132,10 @@ class Stores:
         shape = (key_dim, value_dim, dtype, device.type)
         if shape not in self._stores:
             memory = self._memory_for(device)
-            self._stores[shape] = _core.PageStore(key_dim, value_dim, name, limit_bytes=self.limit_bytes, memory=memory)
+            store = _core.PageStore(key_dim, value_dim, name, limit_bytes=self.limit_bytes, memory=memory)
+            if self.serve is not None and device.type != "cpu":
+                self.serve(store)
+            self._stores[shape] = store
         return self._stores[shape]
 
     def _memory_for(self, device: torch.device) -> _core.HostMemory | None:

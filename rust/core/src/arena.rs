@@ -141,6 +141,12 @@ impl PageStore {
         self.n_slabs.load(Ordering::Relaxed) * self.slab_layout_bytes()
     }
 
+    /// Begins the thread that packs aside, which otherwise begins with the first stretch. It inherits cores and priority of
+    /// the calling thread.
+    pub fn start_background(&self) {
+        self.background.start();
+    }
+
     /// Takes slabs from the allocator until `bytes` more of pages can be handed out, or the limit is reached. Pinning
     /// memory is slow (about 0.2 s a GiB).
     ///

@@ -2,8 +2,8 @@
 //! coming.
 //!
 //! A [`Task`] runs once: on the maintenance thread of its store, or on the thread that needs its result first. Whoever
-//! needs it late never waits for an idle thread, only for one that is at it. One thread serves a store, at normal
-//! priority: all layers seal at the same token, and their packing must not queue up in front of the searches in the
+//! needs it late never waits for an idle thread, only for one that is at it. One thread serves a store, at the
+//! priority of whoever began it: all layers seal at the same token, and their packing must not queue up in front of the searches in the
 //! caller's pool.
 #![forbid(unsafe_code)]
 
@@ -107,17 +107,26 @@ impl Background {
     /// Queues a task. If no thread can be had, whoever joins the task runs it; if nobody holds the task any more when
     /// its turn comes, it is skipped.
     pub(crate) fn submit<T: Clone + Send + 'static>(&self, task: &Arc<Task<T>>) {
-        let sender = self.0.get_or_init(|| {
-            let (sender, receiver) = channel::<Weak<dyn Run>>();
-            let serve = move || receiver.iter().filter_map(|task| task.upgrade()).for_each(|task| task.run());
-            // Not joined: a task may own the last reference to the store that owns this, and would wait for itself.
-            thread::Builder::new().name("icecache-pack".to_owned()).spawn(serve).ok().map(|_| sender)
-        });
-        if let Some(sender) = sender {
+        if let Some(sender) = self.sender() {
             let weak: Weak<Task<T>> = Arc::downgrade(task);
             // Fails only when the thread is gone; then whoever joins runs the task.
             let _ = sender.send(weak);
         }
+    }
+
+    /// Begins the thread, if it was not begun: it inherits cores and priority of the calling one.
+    pub(crate) fn start(&self) {
+        let _ = self.sender();
+    }
+
+    fn sender(&self) -> Option<&Sender<Weak<dyn Run>>> {
+        let begin = || {
+            let (sender, receiver) = channel::<Weak<dyn Run>>();
+            let serve = move || receiver.iter().filter_map(|task| task.upgrade()).for_each(|task| task.run());
+            // Not joined: a task may own the last reference to the store that owns this, and would wait for itself.
+            thread::Builder::new().name("icecache-pack".to_owned()).spawn(serve).ok().map(|_| sender)
+        };
+        self.0.get_or_init(begin).as_ref()
     }
 }
 

@@ -63,6 +63,12 @@ pub fn default_workers(topology: &Topology) -> usize {
     if cores < MIN_CORES { 0 } else { (cores - SPARE_CORES).min(topology.physical.len()) }
 }
 
+/// Cores that the workers of [`default_workers`] leave to everything else; all of them where there are no workers.
+#[must_use]
+pub fn spare_cores(topology: &Topology) -> Vec<usize> {
+    topology.assign(default_workers(topology)).1
+}
+
 /// Numbers of a list like `0-3,8,10-11`.
 fn parse_list(list: &str) -> Vec<usize> {
     let range = |part: &str| {

@@ -4,9 +4,7 @@
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rayon::{ThreadPool, ThreadPoolBuilder};
-
-use crate::cores::{Topology, default_workers, pin_current_thread};
+use crate::cores::{Topology, default_workers};
 use crate::error::{Error, Result};
 use crate::gate::Gate;
 use crate::mailbox::Mailbox;
@@ -38,7 +36,7 @@ impl Default for EngineOptions {
     }
 }
 
-/// Search workers and the pool that inserts in the background. One step at a time; any number of mailboxes.
+/// Search workers. One step at a time; any number of mailboxes.
 #[derive(Debug)]
 pub struct Engine {
     shared: Arc<Shared>,
@@ -50,7 +48,6 @@ pub struct Engine {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) gate: Arc<Gate>,
-    pub(crate) background: Arc<ThreadPool>,
     pub(crate) patience: Duration,
 }
 
@@ -67,16 +64,14 @@ impl Engine {
             return Err(Error::Argument { name: "workers", expected, received: n_workers.to_string() });
         }
         let n_cores = topology.cores.len();
-        let (worker_cores, rest) = topology.assign(n_workers);
-        let background_cores = if rest.is_empty() { topology.cores.clone() } else { rest };
+        let (worker_cores, _) = topology.assign(n_workers);
         // A worker that never yields needs a core of its own, and the launching thread one more.
         let manner = Manner { linger: options.linger, polite: n_workers >= n_cores };
         let bound = |i: usize| worker_cores.get(i).copied().filter(|_| options.pin_threads && !manner.polite);
         let gate = Arc::new(Gate::default());
         let cores: Vec<Option<usize>> = (0..n_workers).map(bound).collect();
-        let background = background_pool(background_cores, options.pin_threads && !manner.polite)?;
         let workers = start(&gate, &cores, manner)?;
-        let shared = Shared { gate, background: Arc::new(background), patience: options.patience };
+        let shared = Shared { gate, patience: options.patience };
         Ok(Self { shared: Arc::new(shared), workers: Mutex::new(workers), n_workers })
     }
 
@@ -84,18 +79,6 @@ impl Engine {
     #[must_use]
     pub fn workers(&self) -> usize {
         self.n_workers
-    }
-
-    /// Number of threads that insert.
-    #[must_use]
-    pub fn background_threads(&self) -> usize {
-        self.shared.background.current_num_threads()
-    }
-
-    /// The threads that insert, on the cores that search workers leave over.
-    #[must_use]
-    pub fn background(&self) -> &Arc<ThreadPool> {
-        &self.shared.background
     }
 
     /// A mailbox whose memory comes from `memory`.
@@ -117,14 +100,4 @@ impl Drop for Engine {
             }
         }
     }
-}
-
-fn background_pool(cores: Vec<usize>, pinned: bool) -> Result<ThreadPool> {
-    let builder = ThreadPoolBuilder::new().num_threads(cores.len()).thread_name(|i| format!("icecache-insert-{i}"));
-    let bind = move |_: usize| {
-        if pinned {
-            pin_current_thread(&cores);
-        }
-    };
-    builder.start_handler(bind).build().map_err(|error| Error::Thread(error.to_string()))
 }

@@ -33,9 +33,6 @@ pub enum Error {
         /// What the panic said.
         message: String,
     },
-    /// A background insert panicked.
-    #[error("a background insert panicked: {0}")]
-    InsertPanic(String),
     /// The device gave up waiting and took the pages of the step before.
     #[error("the device stopped waiting for the search of layer {layer}; it attended to the pages of an earlier step")]
     Overrun {

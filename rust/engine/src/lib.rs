@@ -2,9 +2,8 @@
 //!
 //! A device posts the queries of a layer into a [`Mailbox`] in page-locked memory and waits; worker threads of an
 //! [`Engine`] search the trees of the layer and answer with addresses of pages, which the device reads in place.
-//! [`HostMemory`] supplies that memory, for mailboxes and for the page stores of `icecache-core`. Tokens are inserted in
-//! the background and become visible at the step that asks for them. Knows no Python and no torch; `README.md` beside
-//! this crate has the protocol and why its orderings suffice.
+//! [`HostMemory`] supplies that memory, for mailboxes and for the page stores of `icecache-core`. Knows no Python and no
+//! torch; `README.md` beside this crate has the protocol and why its orderings suffice.
 
 mod board;
 mod claims;
@@ -13,7 +12,6 @@ mod cuda;
 mod engine;
 mod error;
 mod gate;
-mod inserts;
 mod mailbox;
 mod memory;
 mod region;
@@ -23,10 +21,9 @@ mod step;
 mod sync;
 mod worker;
 
-pub use cores::{Topology, default_workers};
+pub use cores::{Topology, default_workers, spare_cores};
 pub use engine::{Engine, EngineOptions};
 pub use error::{Error, Result};
-pub use inserts::Insert;
 pub use mailbox::{LayerOptions, Mailbox};
 pub use memory::{HostMemory, MemoryOptions, Pin};
 pub use registrar::{Registrar, SimulatedRegistrar};

@@ -6,7 +6,6 @@ use icecache_core::{Forest, PageTable, SearchOptions, View};
 
 use crate::engine::Shared;
 use crate::error::{Error, Result};
-use crate::inserts::{Insert, Inserts};
 use crate::memory::{Block, HostMemory};
 use crate::shape::{Array, Arrays, MailboxShape};
 use crate::step::{Fault, LayerPlan, LayerTime, Step};
@@ -131,7 +130,6 @@ struct State {
 pub struct Mailbox {
     engine: Arc<Shared>,
     memory: Arc<Memory>,
-    inserts: Arc<Inserts>,
     state: Mutex<State>,
 }
 
@@ -141,7 +139,7 @@ impl Mailbox {
         let memory = Memory::new(memory.allocate(shape.bytes())?, shape);
         let bound = (0..shape.layers).map(|_| None).collect();
         let state = Mutex::new(State { bound, ..State::default() });
-        Ok(Self { engine, memory: Arc::new(memory), inserts: Arc::default(), state })
+        Ok(Self { engine, memory: Arc::new(memory), state })
     }
 
     /// Its shape.
@@ -188,35 +186,14 @@ impl Mailbox {
         Ok(())
     }
 
-    /// Queues one batch of inserts: all of it goes in, or nothing. Returns at once; steps see the tokens from the next
-    /// `begin` with `refresh` on, which waits for them. Batches go in in the order of the calls.
-    pub fn insert(&self, batch: Vec<Insert>) {
-        self.inserts.push(&self.engine.background, batch);
-    }
-
-    /// Waits for all queued inserts.
-    ///
-    /// # Errors
-    /// The first failure since the last join; that batch and all batches after it did not go in.
-    pub fn join_inserts(&self) -> Result<()> {
-        self.inserts.join()
-    }
-
-    /// Whether all queued inserts are done.
-    #[must_use]
-    pub fn inserts_done(&self) -> bool {
-        self.inserts.is_idle()
-    }
-
     /// Starts a step and returns its ticket; workers answer from now on. With `refresh`, or after `bind`, steps search
-    /// what the forests hold now, inserts included; otherwise what the step before searched.
+    /// what the forests hold now; otherwise what the step before searched.
     ///
     /// # Errors
-    /// If a step is in flight, a layer is not bound, or an insert failed. Nothing is in flight then.
+    /// If a step is in flight, a layer is not bound, or the engine is gone. Nothing is in flight then.
     pub fn begin(&self, refresh: bool) -> Result<u32> {
         let mut state = self.idle("a step is in flight; end it first")?;
         if refresh || state.plan.is_none() {
-            self.inserts.join()?;
             let plan = plan(&state)?;
             state.plan = Some(Arc::new(plan));
         }
@@ -225,7 +202,7 @@ impl Mailbox {
         let step = Arc::new(Step::new(Arc::clone(&self.memory), plan, ticket));
         if !self.engine.gate.open(&step) {
             return Err(Error::State(
-                "another step of this engine is in flight, or a worker is stuck in an earlier one",
+                "another step of this engine is in flight, a worker is stuck in an earlier one, or the engine is gone",
             ));
         }
         self.memory.announce(ticket);
@@ -256,14 +233,12 @@ impl Mailbox {
         step.map_or(Ok(()), |step| self.close(&step))
     }
 
-    /// Forgets all sequences and the views of them, so that their pages can be freed. Waits for inserts.
+    /// Forgets all sequences and the views of them, so that their pages can be freed.
     ///
     /// # Errors
     /// If a step is in flight.
     pub fn unbind(&self) -> Result<()> {
         let mut state = self.idle("unbind needs a finished step")?;
-        // What failed matters to nobody any more.
-        let _ = self.inserts.join();
         state.plan = None;
         state.bound.fill_with(|| None);
         Ok(())

@@ -5,19 +5,17 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use icecache_core::{Dtype, SearchOptions};
-use icecache_engine::{self as engine, EngineOptions, Fault, Insert, MailboxShape};
+use icecache_engine::{self as engine, EngineOptions, Fault, MailboxShape};
 use numpy::ndarray::ArrayView1;
-use numpy::{PyArray1, PyArrayDyn, PyUntypedArrayMethods};
-use pyo3::exceptions::PyValueError;
+use numpy::{PyArray1, PyArrayDyn};
 use pyo3::prelude::*;
 
-use crate::arrays::{count, optional_count, readonly, slice, to_array};
+use crate::arrays::{count, optional_count, to_array};
 use crate::errors::{IntoPy, run};
 use crate::forest::Forest;
 use crate::memory::{HostMemory, positive};
-use crate::pool::Pool;
 
-/// Threads that search for a device, bound to cores, and threads that insert in the background.
+/// Threads that search for a device, bound to cores.
 ///
 /// Parameters
 /// ----------
@@ -64,25 +62,12 @@ impl Engine {
         self.inner.workers()
     }
 
-    /// Threads that insert.
-    #[getter]
-    fn background_threads(&self) -> usize {
-        self.inner.background_threads()
-    }
-
-    /// The threads that insert, as a pool: on cores that search workers leave over.
-    #[getter]
-    fn background(&self) -> Pool {
-        Pool { inner: std::sync::Arc::clone(self.inner.background()) }
-    }
-
     /// A mailbox for up to `n_rows` sequences of `n_layers` layers that search; `dtype` is that of the queries, and an
     /// answer has at most `capacity` pages per (row, KV head).
     #[pyo3(signature = (memory, *, n_layers, n_rows, n_kv_heads, group, key_dim, capacity, dtype))]
     #[expect(clippy::too_many_arguments, reason = "the keyword arguments of the Python function")]
     fn mailbox(
-        &self,
-        py: Python<'_>,
+        slf: &Bound<'_, Self>,
         memory: &Bound<'_, HostMemory>,
         n_layers: &Bound<'_, PyAny>,
         n_rows: &Bound<'_, PyAny>,
@@ -99,11 +84,12 @@ impl Engine {
             group: positive(group, "group")?,
             dim: positive(key_dim, "key_dim")?,
             capacity: positive(capacity, "capacity")?,
-            dtype: Dtype::parse(dtype).map_err(|error| error.into_py(py))?,
+            dtype: Dtype::parse(dtype).map_err(|error| error.into_py(slf.py()))?,
         };
         let memory = &memory.get().inner;
-        let inner = run(py, || self.inner.mailbox(memory, shape))?;
-        Ok(Mailbox { inner })
+        let engine = &slf.get().inner;
+        let inner = run(slf.py(), || engine.mailbox(memory, shape))?;
+        Ok(Mailbox { inner, _engine: slf.clone().unbind() })
     }
 }
 
@@ -114,6 +100,8 @@ impl Engine {
 #[pyclass(frozen, module = "icecache._core")]
 pub(crate) struct Mailbox {
     inner: engine::Mailbox,
+    /// Its workers live as long as it.
+    _engine: Py<Engine>,
 }
 
 #[pymethods]
@@ -158,54 +146,9 @@ impl Mailbox {
         run(py, || self.inner.bind(layer, forests, options))
     }
 
-    /// Queue keys and values uint8 (H, n, bytes) of many sequences as one batch, all or nothing; returns at once, copies.
-    ///
-    /// Steps see the tokens from the next `begin_step(refresh=True)` on.
-    fn insert(
-        &self,
-        forests: Vec<Bound<'_, Forest>>,
-        keys: Vec<Bound<'_, PyAny>>,
-        values: Vec<Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
-        for (name, received) in [("keys", keys.len()), ("values", values.len())] {
-            if received != forests.len() {
-                let expected = forests.len();
-                let message = format!("{name}: expected {expected} arrays, one per forest, got {received}");
-                return Err(PyValueError::new_err(message));
-            }
-        }
-        let mut batch = Vec::with_capacity(forests.len());
-        for (row, forest) in forests.iter().enumerate() {
-            let forest = &forest.get().inner;
-            let (layout, heads) = (forest.store().layout(), forest.n_heads());
-            let name = format!("keys[{row}]");
-            let row_keys = readonly::<u8>(&keys[row], &name, &[Some(heads), None, Some(layout.key_bytes())])?;
-            let shape = [Some(heads), Some(row_keys.shape()[1]), Some(layout.value_bytes())];
-            let row_values = readonly::<u8>(&values[row], &format!("values[{row}]"), &shape)?;
-            batch.push(Insert {
-                forest: std::sync::Arc::clone(forest),
-                keys: slice(&row_keys, "keys")?.to_vec(),
-                values: slice(&row_values, "values")?.to_vec(),
-            });
-        }
-        self.inner.insert(batch);
-        Ok(())
-    }
-
-    /// Wait for all queued inserts; raises the first failure. That batch and all after it did not go in.
-    fn join_inserts(&self, py: Python<'_>) -> PyResult<()> {
-        run(py, || self.inner.join_inserts())
-    }
-
-    /// Whether all queued inserts are done.
-    fn inserts_done(&self) -> bool {
-        self.inner.inserts_done()
-    }
-
     /// Start a step and return its ticket, 1..2**32; workers answer from now on.
     ///
-    /// With `refresh`, or after `bind`, it waits for inserts and searches what the forests hold now; otherwise it searches
-    /// what the step before searched.
+    /// With `refresh`, or after `bind`, it searches what the forests hold now; otherwise what the step before searched.
     #[pyo3(signature = (*, refresh=false))]
     fn begin_step(&self, py: Python<'_>, refresh: bool) -> PyResult<u32> {
         run(py, || self.inner.begin(refresh))

@@ -90,6 +90,11 @@ impl PageStore {
         self.inner.reserved_bytes()
     }
 
+    /// Begin the thread that packs aside; it inherits cores and priority of the calling thread.
+    fn start_background(&self) {
+        self.inner.start_background();
+    }
+
     /// Take memory now for `n_bytes` more of pages, up to the limit: page-locking it later would delay a step.
     fn reserve(&self, py: Python<'_>, n_bytes: &Bound<'_, PyAny>) -> PyResult<()> {
         let n_bytes = count(n_bytes, "n_bytes")?;

@@ -23,7 +23,7 @@ mod _core {
     #[pymodule_export]
     use crate::forest::{Ahead, Forest, PageStore, extend};
     #[pymodule_export]
-    use crate::memory::{HostMemory, default_workers, topology};
+    use crate::memory::{HostMemory, default_workers, spare_cores, topology};
     #[pymodule_export]
     use crate::pool::{Pool, simd};
     #[pymodule_export]

@@ -93,6 +93,12 @@ pub(crate) fn default_workers() -> usize {
     engine::default_workers(&engine::Topology::detect())
 }
 
+/// Cores that search workers leave to everything else on this machine.
+#[pyfunction]
+pub(crate) fn spare_cores() -> Vec<usize> {
+    engine::spare_cores(&engine::Topology::detect())
+}
+
 /// Logical cores and physical cores of this process, and their NUMA nodes.
 #[pyfunction]
 pub(crate) fn topology() -> (usize, usize, usize) {

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import random
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
-from icecache import IceRuntime, PoolExhaustedError
+from icecache import IceRuntime, PoolExhaustedError, _core
 from icecache.config import PAGE_TOKENS
 from icecache.errors import BadTensorError
 from icecache.pages import ahead
@@ -242,6 +245,27 @@ def test_a_full_store_is_an_error_with_the_tokens_still_in_the_window_and_room_l
         gc.collect()
         steps(ids[:, 166:167])
         assert steps.pages()[0].near.window_count(0) == WINDOW + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has cores and priorities of threads")
+def test_background_threads_stay_on_the_cores_that_workers_leave_and_step_back():
+    def tasks():
+        return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+    steps, ids = Steps(hands_over=True), prompt(1, 152)
+    with steps.runtime as runtime:
+        steps(ids[:, :150])
+        before = tasks()
+        for t in (150, 151):
+            steps(ids[:, t : t + 1])
+        store = _core.PageStore(16, 16, "float32")
+        runtime._services.inserter.serve(store)
+        started = tasks() - before
+        assert len(started) >= 3, "one that inserts, its helpers, one that packs"
+        for task in started:
+            assert os.getpriority(os.PRIO_PROCESS, task) == 19
+            assert os.sched_getaffinity(task) == set(_core.spare_cores())
+    assert os.getpriority(os.PRIO_PROCESS, 0) < 19
 
 
 def test_unwrap_waits_for_what_is_under_way_and_dropped_caches_give_their_pages_back():

@@ -80,6 +80,7 @@ def test_pages_of_a_dropped_cache_are_used_again():
         for _ in range(5):
             generate(runtime.model)
         assert held(memory) == before
+        runtime.stats()  # the last step is over
         runtime._services.inserter.close()
         gc.collect()
         assert runtime._services.stores.used_bytes() == 0

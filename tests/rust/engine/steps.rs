@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use icecache_core::{Forest, HeadIndex, PageTable, View, search_view};
-use icecache_engine::{Error, Fault, Insert, Mailbox};
+use icecache_engine::{Error, Fault, Mailbox};
 
 use crate::device::{Device, SHAPE, bytes, engine, forests, mailbox, noise, options, pool};
 
@@ -56,20 +56,20 @@ fn an_answered_ticket_never_shows_another_steps_pages() {
 
 #[test]
 fn steps_search_fixed_views_while_tokens_are_inserted() {
-    let (engine, forests) = (engine(3), forests(1000));
+    let (engine, forests, pool) = (engine(3), forests(1000), pool());
     let mailbox = mailbox(&engine, &forests);
     for round in 0..8 {
         let before = views(&forests);
-        let insert = |forest: &Arc<Forest>| {
-            let keys = bytes(&noise(SHAPE.heads * 16 * SHAPE.dim, round + 7));
-            Insert { forest: Arc::clone(forest), keys: keys.clone(), values: keys }
-        };
+        let keys = bytes(&noise(SHAPE.heads * 16 * SHAPE.dim, round + 7));
+        let insert = |forest| icecache_core::ExtendRow { forest, keys: &keys, values: &keys };
+        let rows: Vec<_> = forests.iter().flatten().map(|forest| insert(forest)).collect();
         checked_step(&mailbox, &before, round, round > 0);
-        mailbox.insert(forests.iter().flatten().map(insert).collect());
-        for seed in 0..3 {
-            checked_step(&mailbox, &before, round + 100 + seed, false);
-        }
-        mailbox.join_inserts().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| icecache_core::extend(&pool, &rows).unwrap());
+            for seed in 0..3 {
+                checked_step(&mailbox, &before, round + 100 + seed, false);
+            }
+        });
     }
     for (i, forest) in forests.iter().flatten().enumerate() {
         assert_eq!(forest.len(), 1000 + 100 * i + 8 * 16);
