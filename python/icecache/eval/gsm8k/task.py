@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from icecache.errors import DataError
 from icecache.eval.gsm8k import grade
 from icecache.eval.gsm8k.exemplars import EXEMPLARS
-from icecache.eval.gsm8k.problems import problems
+from icecache.eval.gsm8k.problems import HUB, problems
 from icecache.eval.task import DataDir, Sample
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Gsm8kCot:
                 max_new_tokens=NEW_TOKENS,
                 stop=STOP,
                 chat=False,
+                meta=_source(data),
             )
 
     def score(self, prediction: str, sample: Sample) -> float:
@@ -96,6 +97,7 @@ class Gsm8kLlama:
                 max_new_tokens=NEW_TOKENS,
                 stop=LLAMA_STOP,
                 shots=shots,
+                meta=_source(data),
             )
 
     def score(self, prediction: str, sample: Sample) -> float:
@@ -147,6 +149,11 @@ class Gsm8kAuthors:
     def score(self, prediction: str, sample: Sample) -> float:
         """1 if the last number has the value of the result."""
         return grade.authors_equal(prediction, sample.references[0])
+
+
+def _source(data: DataDir | None) -> dict[str, str | int | float]:
+    """Say that the problems came from the hub; hashes of files are in the manifest."""
+    return {"source": HUB} if data is None else {}
 
 
 def _prompt(data: DataDir | None) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from icecache.errors import ConfigError, DataError
-from icecache.eval.longbench.documents import Document, documents
+from icecache.eval.longbench.documents import HUB, Document, documents
 from icecache.eval.longbench.metrics import METRICS, NAMES, code_difflib
 from icecache.eval.longbench.sets import LongBenchSet
 from icecache.eval.longbench.truncate import truncate_middle
@@ -86,11 +86,19 @@ class LongBenchTask:
         if limit < 2:
             msg = f"{self.name} needs more than {length} tokens: {length - limit} of them are template and answer"
             raise ConfigError(msg)
+        meta: dict[str, str | int | float] = {"length": length, "protocol": self.protocol}
+        if data is None:
+            meta["source"] = HUB
         for document in itertools.islice(documents(self.of, data), n):
-            yield self._sample(tokenizer, document, limit, f"{length}-{seed}-{document.row - 1}", length)
+            yield self._sample(tokenizer, document, limit, f"{length}-{seed}-{document.row - 1}", meta)
 
     def _sample(
-        self, tokenizer: PreTrainedTokenizerBase, document: Document, limit: int, identity: str, length: int
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        document: Document,
+        limit: int,
+        identity: str,
+        shared: Mapping[str, str | int | float],
     ) -> Sample:
         is_first_line = self.of.first_line and self.protocol == "clean"
         context, question, cut = truncate_middle(
@@ -99,7 +107,7 @@ class LongBenchTask:
             self.of.after.replace("{input}", document.question),
             limit,
         )
-        meta: dict[str, str | int | float] = {"length": length, "truncated": int(cut), "protocol": self.protocol}
+        meta: dict[str, str | int | float] = {**shared, "truncated": int(cut)}
         if document.classes:
             meta["classes"] = json.dumps(document.classes, ensure_ascii=False)
         is_samsum = self.of.name == "samsum"

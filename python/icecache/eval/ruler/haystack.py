@@ -73,7 +73,8 @@ def essays(data: DataDir | None) -> Prose:
 def _hub_essays() -> Prose:
     from icecache.eval.data.hub import load_hub
 
-    rows = load_hub(ESSAY_HUB, None, "train", hint=f"or give --data-dir with {ESSAY_FILES[0]}")
+    hint = f"or give --data-dir with {ESSAY_FILES[0]}, or take the suite ruler-offline"
+    rows = load_hub(ESSAY_HUB, None, "train", hint=hint)
     return Prose("essay", tuple(" ".join(str(row["text"]) for row in rows).split()))
 
 
