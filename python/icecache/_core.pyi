@@ -360,6 +360,32 @@ class Selection:
         Live slots come first, unused slots are zeroed. `key_at`, `value_at`: other columns, as in `Forest.read`.
         """
 
+class PaperForest:
+    """Keys of one sequence of one layer in trees of M-DCI as published, one per KV head.
+
+    Parameters
+    ----------
+    store : PageStore
+        With `value_dim` 0: values are not read here.
+    n_kv_heads : int
+        1..=65536.
+    """
+
+    def __init__(self, store: PageStore, n_kv_heads: int) -> None: ...
+    def __len__(self) -> int:
+        """Tokens of each head."""
+
+    def extend(self, pool: Pool, keys: _Bytes) -> None:
+        """Add keys (H, n, bytes): a bulk build if there are none yet, one by one otherwise."""
+
+def paper_search(
+    pool: Pool, forests: list[PaperForest], queries: npt.NDArray[np.float32], k: int
+) -> npt.NDArray[np.int32]:
+    """Tokens of the `k` best pages of every KV head, (R, H, 16 k), -1 behind the last.
+
+    One search per query of (R, H, G, dim) with the authors' field of view; ranked lists are interleaved over the group.
+    """
+
 class VectorIndex:
     """Vectors with ids, searched by inner product, squared L2 or cosine; `icecache.Index` is the friendly side of it.
 

@@ -106,7 +106,7 @@ class PolicyLayer(RetrievalLayer):
         whole, engine = self._whole(self._pages), self.engine
         self.notes.check(self.policy.needs, self.policy.name)
         prompt = read_prompt(whole, self.notes, self.layer_idx, engine.n_layers, call.scaling, call.softcap)
-        whole.state = self.policy.prepare(prompt)
+        whole.state, whole.index = self.policy.prepare(prompt), self.policy.prepare_index(whole.n_prompt)
         engine.services.charges.note(self.policy.describe(whole.state))
         self._pending, self.notes = False, Notes(self.notes.queries, None)
 

@@ -9,6 +9,7 @@ from icecache.policies.h2o import H2O as H2O
 from icecache.policies.magicpig import MagicPIG as MagicPIG
 from icecache.policies.omnikv import OmniKV as OmniKV
 from icecache.policies.page_oracle import PositionalPageOracle as PositionalPageOracle
+from icecache.policies.paper import IceCachePaper as IceCachePaper
 from icecache.policies.policy import POLICIES as POLICIES
 from icecache.policies.policy import Policy as Policy
 from icecache.policies.policy import make_policy as make_policy

@@ -14,6 +14,7 @@ from icecache.policies.h2o import H2O
 from icecache.policies.magicpig import MagicPIG
 from icecache.policies.omnikv import OmniKV
 from icecache.policies.page_oracle import PositionalPageOracle
+from icecache.policies.paper import IceCachePaper
 from icecache.policies.pqcache import PQCache
 from icecache.policies.quest import Quest
 from icecache.policies.sampling import OracleSampling
@@ -59,6 +60,9 @@ _PAGES: dict[str, Callable[[IceConfig], Selector]] = {
 }
 _MASKS: dict[str, Callable[[IceConfig], MaskPolicy]] = {
     "full": lambda _: Full(),
+    "icecache-paper": lambda config: IceCachePaper(
+        config.budget, config.sink_tokens, config.window_tokens, config.threads
+    ),
     "snapkv": lambda config: SnapKV(config.budget, window=min(32, config.budget // 2)),
     "h2o": lambda config: H2O(config.budget),
     "quest": lambda config: Quest(config.budget),
@@ -87,8 +91,8 @@ def make_policy(policy: str | MaskPolicy, config: IceConfig) -> Policy:
         "page-oracle": the same pages, scored exactly. "random": random pages. "streaming":
         StreamingLLM without re-numbering: the first 4 and the last ``budget - 4`` tokens; what leaves the window is
         forgotten, so later chunks are always processed token by token. The others are classes of this package, each
-        with its source, rule and defaults: "full", "snapkv", "h2o", "quest", "arkvale", "pqcache", "omnikv",
-        "magicpig", "token-oracle", "token-oracle-q", "page-oracle-positional", "oracle-sampling".
+        with its source, rule and defaults: "full", "icecache-paper", "snapkv", "h2o", "quest", "arkvale",
+        "pqcache", "omnikv", "magicpig", "token-oracle", "token-oracle-q", "page-oracle-positional", "oracle-sampling".
 
     Raises
     ------

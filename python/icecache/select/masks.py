@@ -9,11 +9,13 @@ numbers are those of the published method; the time is not, since all logits are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+
+from icecache.pages import RowIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,10 @@ class MaskPolicy(Protocol):
         """State at the end of the dense prefill; axis 0 of every tensor is the row."""
         ...
 
+    def prepare_index(self, lengths: Sequence[int]) -> RowIndex | None:
+        """State that is not made of tensors, for prompts of these lengths; it becomes `StepView.index`."""
+        ...
+
     def describe(self, state: dict[str, torch.Tensor]) -> dict[str, float]:
         """Numbers worth reporting about a state, such as tuned parameters."""
         ...
@@ -244,6 +250,10 @@ class Baseline:
     def prepare(self, prompt: Prompt) -> dict[str, torch.Tensor]:  # noqa: ARG002
         """Nothing to remember."""
         return {}
+
+    def prepare_index(self, lengths: Sequence[int]) -> RowIndex | None:  # noqa: ARG002
+        """None."""
+        return None
 
     def describe(self, state: dict[str, torch.Tensor]) -> dict[str, float]:  # noqa: ARG002
         """Nothing to report."""

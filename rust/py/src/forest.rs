@@ -27,7 +27,7 @@ use crate::pool::Pool;
 ///     Where its memory comes from, in pieces of `slab_bytes`; default: the allocator of this process.
 #[pyclass(frozen, module = "icecache._core")]
 pub(crate) struct PageStore {
-    inner: Arc<core::PageStore>,
+    pub(crate) inner: Arc<core::PageStore>,
 }
 
 #[pymethods]

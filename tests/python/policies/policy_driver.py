@@ -86,6 +86,7 @@ def drive(
     flat = as_torch(queries[:, :, :, :longest]).flatten(1, 2)
     notes = Notes().after(policy.needs, flat, as_torch(keys[:, :, :longest]), mask, SCALING, None)
     whole.state = policy.prepare(read_prompt(whole, notes, 2, 4, SCALING, None))
+    whole.index = policy.prepare_index(whole.n_prompt)
     starts = [longest - n for n in lengths]
     rows = [reference(PromptRow(keys[b, :, s:longest], queries[b, :, :, s:longest])) for b, s in enumerate(starts)]
     services = services or stub_services()

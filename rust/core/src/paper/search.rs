@@ -70,6 +70,25 @@ impl Mdci {
         Ok(hits)
     }
 
+    /// The live tokens of the pages that [`Mdci::search_group`] finds, in no particular order.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn search_tokens(
+        &self,
+        queries: &[f32],
+        k: usize,
+        field: Field,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<TokenId>> {
+        if self.search_group(queries, k, field, scratch)?.pages.is_empty() {
+            return Ok(Vec::new());
+        }
+        let leaves = scratch.chosen.iter().enumerate().filter(|(_, chosen)| **chosen);
+        let tokens = leaves.flat_map(|(leaf, _)| self.leaf(LeafId(leaf as u32)).tokens());
+        Ok(tokens.map(|(_, token)| token).collect())
+    }
+
     /// Descends, wider if that met fewer than `wanted` pages: with a field that covers everything it meets all.
     fn descend_for(&self, queries: &[f32], wanted: usize, mut field: Field, scratch: &mut Scratch) -> Work {
         let dim = self.store.layout().key_dim;
