@@ -91,7 +91,8 @@ def introduction(results: Results) -> str:
         "the dense prefill. Setup B: question and answer attend under the budget. *macro* is the mean over tasks that "
         f"discriminate: where random pages of the same budget lose {100 * DISCRIMINATES:.0f} points or more to full "
         "attention. Intervals are 95 %, from paired bootstrap over samples within tasks "
-        f'({stats.RESAMPLES:,} resamples). "≥ 0.99" means that the interval of the ratio to full begins there.'
+        f'({stats.RESAMPLES:,} resamples). "≥ 0.99" means that the interval of the ratio to full begins there. '
+        "An average over 3 of 5 such tasks, because the arm did not run on the others, is marked (3/5)."
     ]
     labels = results.manifest.labels if results.manifest else {}
     lines += [f"Suite `{name}` is {label}." for name, label in labels.items()]
@@ -172,6 +173,9 @@ def macro_columns(results: Results, setup: Setup, length: int, arm: str) -> list
         return [ABSENT] * 5
     first, second = [p.first for p in pairs], [p.second for p in pairs]
     macro = points(sum(float(p.second.mean()) for p in pairs) / len(pairs))
+    n_countable = len(countable(results, setup, length, arm))
+    if len(pairs) < n_countable:
+        macro = f"{macro} ({len(pairs)}/{n_countable})"
     if arm == "full":
         return [macro, ABSENT, ABSENT, ABSENT, ABSENT]
     ratio = stats.macro_ratio(first, second)
@@ -182,6 +186,12 @@ def macro_columns(results: Results, setup: Setup, length: int, arm: str) -> list
         claim(ratio),
         f"< {points(stats.macro_resolution(first, second))}",
     ]
+
+
+def countable(results: Results, setup: Setup, length: int, arm: str) -> list[Cell]:
+    """Cells that an arm's average would be over if it had run everywhere."""
+    cells = results.averaged(setup, length, ["full"])
+    return [cell for cell in cells if results.discriminates(cell, budget_of(arm)) is not False]
 
 
 def claim(ratio: stats.Interval) -> str:
@@ -219,12 +229,13 @@ def against_rivals(results: Results, setup: Setup, length: int) -> str:
             columns += [equal[-1], difference_between(results, setup, length, rival, equal[-1])]
         else:
             columns += [ABSENT, ABSENT]
-        rows.append([rival, number(loaded), *columns])
+        n_tasks = len(results.averaged(setup, length, ["full", rival, ours[0]]))
+        rows.append([rival, number(loaded), str(n_tasks), *columns])
     text = (
         f"`{ours[0]}` minus each rival, macro over tasks that discriminate at both budgets; and the arm of ours that "
         "loads no more tokens per KV head than the rival does (within 2 %)."
     )
-    header = ["rival", "loaded", f"{ours[0]} minus rival", "at equal load", "minus rival"]
+    header = ["rival", "loaded", "tasks", f"{ours[0]} minus rival", "at equal load", "minus rival"]
     return f"### Against rivals\n\n{text}\n\n{table(header, rows)}"
 
 

@@ -92,9 +92,18 @@ def test_every_difference_stands_beside_what_cannot_be_resolved(results):
 
 def test_rivals_are_compared_at_nominal_and_at_equal_load(results):
     text = _text(results)
-    assert _row(text, "quest@256", "500")[2].startswith("+")
-    assert _row(text, "quest@256", "500")[3] == "icecache@64"
-    assert _row(text, "quest@64", "150")[2].startswith("+47.5")
+    rival, loaded, tasks, nominal, equal, _ = _row(text, "quest@256", "500")
+    assert (rival, loaded, tasks, equal) == ("quest@256", "500", "1", "icecache@64")
+    assert nominal.startswith("+22.5 [+")
+    assert _row(text, "quest@64", "150")[3].startswith("+47.5 [+")
+
+
+def test_an_average_over_fewer_tasks_is_marked():
+    arms = {"full": 40, "random@64": 0, "icecache@64": 39}
+    everywhere = [_records(task, arm, right) for task in ("kv", "vt") for arm, right in arms.items()]
+    text = _text(_run(*everywhere, _records("kv", "quest@64", 20)))
+    assert _row(text, "quest@64")[3] == "50.0 (1/2)"
+    assert _row(text, "icecache@64")[3] == "97.5"
 
 
 def test_the_noise_floor_excuses_exact_only_as_far_as_it_goes(results):
