@@ -15,13 +15,14 @@ import torch
 from icecache.config import IceConfig
 from icecache.errors import DataError
 from icecache.eval.arms import Arm, dense_layers
+from icecache.eval.ask import ask
 from icecache.eval.folder import RunFolder, check_folder
-from icecache.eval.greedy import Answer, answer_greedily
+from icecache.eval.greedy import Answer
 from icecache.eval.machine import describe_run, this_command
 from icecache.eval.model import ModelSource, check_device, load_model, open_model
 from icecache.eval.options import EvalOptions
 from icecache.eval.plan import Cell, batches, make_cells
-from icecache.eval.prefill import Prefilled, attend, attention_kernel, prefill, prefill_eagerly, what_to_note
+from icecache.eval.prefill import Prefilled, attention_kernel, prefill, prefill_eagerly, what_to_note
 from icecache.eval.progress import Progress, as_time
 from icecache.eval.record import ArmStats, Json, Manifest, Record, Setup
 from icecache.eval.render import Prompt
@@ -216,20 +217,7 @@ class Runner:
 
     def _attend(self, arm: Arm, prefilled: Prefilled) -> tuple[list[Answer], ArmStats]:
         dense = dense_layers(arm, self.options.dense_layers, self.source.n_layers)
-        with attend(self.model, arm, replace(self.base, dense_layers=dense), prefilled) as session:
-            n_first = session.cache.get_seq_length()
-            answers, timing = answer_greedily(
-                self.model, self.source.tokenizer, prefilled.prompts, session.cache, prefilled.setup
-            )
-            n_steps = session.cache.get_seq_length() - n_first
-            stats = session.stats(
-                n_first,
-                n_steps,
-                len(prefilled.prompts),
-                ttft_s=prefilled.seconds + session.adopt_s + timing.first_s,
-                tpot_s=timing.rest_s / max(1, timing.n_rest),
-            )
-        return answers, stats
+        return ask(self.model, self.source.tokenizer, arm, replace(self.base, dense_layers=dense), prefilled)
 
     def _record(self, job: Job, arm: Arm, prompt: Prompt, answer: Answer, stats: ArmStats) -> Record:
         task: Task = job.cell.task

@@ -26,6 +26,7 @@ from icecache.eval.render import prepare
 from icecache.eval.run import run_eval
 from icecache.eval.suites import SUITES
 from icecache.eval.task import DataDir
+from icecache.policies import POLICIES
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -105,6 +106,16 @@ def test_full_attention_answers_as_the_plain_model_class_does(needle) -> None:
         assert ours.generate_until(
             [request(text.replace(" what", "\ue000 what"))], disable_tqdm=True
         ) == plain.generate_until([request(text)], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_answers_within_its_budget(policy: str, needle) -> None:
+    lm = IceHFLM(*needle)
+    text = "the grass is green . " * 60 + "\ue000what is green ?"
+    lm.use(Arm(policy, None if policy == "full" else 64))
+    assert lm.generate_until([request(text)], disable_tqdm=True)[0]
+    # Policies that keep what is generated may attend to so much more.
+    assert policy == "full" or lm.served[0].stats.attended <= 64 + 16 + lm.served[0].n_generated
 
 
 def test_every_request_is_accounted_for(needle) -> None:

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from icecache.config import IceConfig
 from icecache.errors import ConfigError
 from icecache.eval.arms import Arm, DenseLayers, dense_layers
-from icecache.eval.greedy import answer_greedily
+from icecache.eval.ask import ask
 from icecache.eval.harness.marks import hold_conversation, is_without_template, read_sample
 from icecache.eval.longbench.truncate import truncate_middle
-from icecache.eval.prefill import attend, prefill
+from icecache.eval.prefill import prefill, what_to_note
 from icecache.eval.record import ArmStats, Setup
 from icecache.eval.render import Prompt, prepare
 from icecache.eval.task import Sample
@@ -180,18 +180,10 @@ class IceHFLM(HFLM):  # type: ignore[misc]
                 "wording to icecache.eval.harness.marks.QUESTIONS, or use setup A"
             )
             raise ConfigError(msg)
-        prefilled = prefill(self.model, [prompt], self.setup)
         layers = dense_layers(self.arm, self.dense, self.model.config.get_text_config().num_hidden_layers)
-        with attend(self.model, self.arm, replace(self.base, dense_layers=layers), prefilled) as session:
-            n_first = session.cache.get_seq_length()
-            (answer,), timing = answer_greedily(self.model, self.tokenizer, [prompt], session.cache, self.setup)
-            stats = session.stats(
-                n_first,
-                session.cache.get_seq_length() - n_first,
-                1,
-                ttft_s=prefilled.seconds + session.adopt_s + timing.first_s,
-                tpot_s=timing.rest_s / max(1, timing.n_rest),
-            )
+        prefilled = prefill(self.model, [prompt], self.setup, notes=what_to_note([self.arm]))
+        base = replace(self.base, dense_layers=layers)
+        (answer,), stats = ask(self.model, self.tokenizer, self.arm, base, prefilled)
         n_prompt = sum(prompt.shape)
         self.served.append(
             Served(
