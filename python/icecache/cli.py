@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="M@N,...",
         help="single cells: ice@36k, ice@64kx4 (batch 4), ice@128k:1024 (budget)",
     )
+    bench.add_argument("--parts", action="store_true", default=None, help="profile: time on the device by part")
     bench.add_argument("--stop-after-s", type=float, metavar="S", help="begin no cell later; the next run goes on")
     bench.add_argument("--steps", type=int, metavar="N", help="tokens timed a cell (default 64)")
     bench.add_argument("--prompt", action="store_true", default=None, help="compute prompts: time to the first token")

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from icecache.bench.methods import Decoding, start
+from icecache.bench.parts import PROFILED_STEPS
+from icecache.bench.parts import device_parts as _device_parts
 from icecache.bench.shapes import SHAPES
 from icecache.bench.synthetic import Content
 
@@ -85,6 +87,8 @@ class Outcome:
     """Mean tokens attended per KV head and step."""
     fill_parts_ms: dict[str, float] = field(default_factory=dict)
     """Of ours, on the host: copies from the device, and packing; with a prompt both run beside the GPU."""
+    device_parts_us: dict[str, float] = field(default_factory=dict)
+    """Where a step's time goes on the device, if asked for; see :mod:`icecache.bench.parts`."""
     error: str = ""
 
 
@@ -139,11 +143,11 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def measure(model: PreTrainedModel, cell: Cell) -> Outcome:
-    """Measure one cell; running out of memory is an outcome, not an end."""
+def measure(model: PreTrainedModel, cell: Cell, *, parts: bool = False) -> Outcome:
+    """Measure one cell, with `parts` also where a step's time goes; running out of memory is an outcome, not an end."""
     device = model.device
     try:
-        return _measure(model, cell, device)
+        return _measure(model, cell, device, parts=parts)
     except (torch.OutOfMemoryError, MemoryError) as error:
         return Outcome(error=f"out of memory: {str(error).splitlines()[0]}")
     finally:
@@ -152,7 +156,7 @@ def measure(model: PreTrainedModel, cell: Cell) -> Outcome:
             torch.cuda.empty_cache()
 
 
-def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcome:
+def _measure(model: PreTrainedModel, cell: Cell, device: torch.device, *, parts: bool) -> Outcome:
     shape = SHAPES[cell.shape]
     content = Content(
         n_layers=shape.num_hidden_layers,
@@ -171,7 +175,7 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
             generator = torch.Generator(device).manual_seed(cell.seed)
             size = (cell.batch, cell.context)
             prompt = torch.randint(3, shape.vocab_size, size, generator=generator, device=device)
-        n_new = cell.steps + WARM_UP_STEPS
+        n_new = cell.steps + WARM_UP_STEPS + PROFILED_STEPS + 1
         _wait(device)
         began = time.perf_counter()
         decoding = start(cell.method, model, content, budget=cell.budget, n_new=n_new, prompt=prompt)
@@ -186,14 +190,15 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             warm = [_timed(decoding.step) for _ in range(WARM_UP_STEPS)]
-            parts: dict[str, float] = {}
+            fill_parts: dict[str, float] = {}
             if decoding.runtime is not None:
                 spent = decoding.runtime.stats().ms  # ends the step, too, so that it is not counted below
-                parts = {name: spent[name] for name in ("prefill_offload", "index_build")}
+                fill_parts = {name: spent[name] for name in ("prefill_offload", "index_build")}
                 decoding.runtime.reset_stats()
             times = [_timed(decoding.step) for _ in range(cell.steps)]
             peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
             stats = None if decoding.runtime is None else decoding.runtime.stats()
+            device_parts = _device_parts(decoding.step) if parts and device.type == "cuda" else {}
             n_searches = 1 if decoding.runtime is None else len(decoding.runtime.layer_groups)
         finally:
             decoding.close()
@@ -207,7 +212,8 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device) -> Outcom
         tt2t_s=fill_s + warm[0] / 1e3 if cell.prompt else nan,
         kv_device_bytes=max(peak - on_device, 0),
         kv_host_bytes=host_bytes,
-        fill_parts_ms=parts,
+        fill_parts_ms=fill_parts,
+        device_parts_us=device_parts,
         search_us_layer=nan if stats is None else stats.ms["search"] * 1e3 / max(stats.steps, 1) / n_searches,
         insert_wait_ms=0.0 if stats is None else stats.ms["insert_wait"],
         attended=nan if stats is None else stats.attended_mean,

@@ -42,6 +42,8 @@ class BenchOptions:
     only : tuple of str
         ``METHOD@CONTEXT``, ``METHOD@CONTEXTxBATCH``, either with ``:BUDGET`` behind: these cells instead of all
         combinations. "ice@64kx4:1024" decodes 4 sequences of 65,536 tokens.
+    parts : bool
+        Profile a few more steps of each cell: time on the device by part.
     stop_after_s : float or None
         No cell is begun later than this many seconds after the start; the next run goes on.
     out : Path
@@ -66,6 +68,7 @@ class BenchOptions:
     device: str = "cuda"
     prompt: bool = False
     only: tuple[str, ...] = ()
+    parts: bool = False
     stop_after_s: float | None = None
     out: Path = Path("bench-out")
 
@@ -138,7 +141,7 @@ def run_bench(options: BenchOptions) -> None:
             longest = max(cell.context for cell in cells) + options.steps + 64
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             model = random_model(options.shape, device, dtype, max_tokens=longest, seed=options.seed)
-        outcome = measure(model, cell)
+        outcome = measure(model, cell, parts=options.parts)
         results.add(cell, outcome)
         sys.stdout.write(json.dumps(_short(results.lines[-1])) + "\n")
         sys.stdout.flush()

@@ -140,7 +140,7 @@ def _is_ready(pages: LayerPages, b: int) -> bool:
     if not pages.forests or pages.handed[b] is not None:
         return False
     window = pages.layout.window_tokens
-    first = max(window, PAGE_TOKENS)
+    first = max(window + 1, PAGE_TOKENS)  # not in the step that adopts: each costs the launching thread about 2 ms
     last = max(first, window + PAGE_TOKENS - _LEAST_LEAD)
     return first <= pages.near.window_count(b) <= last
 

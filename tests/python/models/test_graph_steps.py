@@ -227,6 +227,7 @@ def test_a_search_that_fails_is_an_error_of_the_next_step_and_the_sequence_goes_
         held.box._fault(None)
         model(ids[:, 112:113], past_key_values=cache)
         assert cache.get_seq_length() == before + 1
+        assert all(layer.pages.handed[0] is not None for layer in cache.layers), "tokens are inserted beside the steps"
 
 
 def test_a_dropped_cache_gives_its_pages_back():
@@ -238,7 +239,6 @@ def test_a_dropped_cache_gives_its_pages_back():
         model(ids[:, 110:111], past_key_values=cache)
         assert runtime._services.stores.used_bytes() > 0
         runtime.stats()  # the step is over
-        assert all(layer.pages.handed[0] is not None for layer in cache.layers), "tokens are inserted beside the steps"
         del cache
         runtime._services.inserter.close()  # what is under way keeps its pages
         gc.collect()

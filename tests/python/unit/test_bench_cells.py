@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
+import icecache
 import pytest
+from icecache.bench.parts import by_part
 from icecache.bench.run import BenchOptions, run_bench, table
 from icecache.errors import ConfigError
 
@@ -52,6 +56,32 @@ def test_a_prompt_cell_gives_the_time_to_the_second_token(tmp_path):
     (line,) = [json.loads(line) for line in (tmp_path / "bench.jsonl").read_text().splitlines()]
     assert line["tt2t_s"] == pytest.approx(line["fill_s"] + line["first_ms"] / 1e3)
     assert line["attended"] > 0
+
+
+def test_time_on_the_device_is_dealt_to_parts_and_gaps_are_idle():
+    spans = [
+        ("gemm", 0.0, 10.0),
+        ("_mailbox_wait_kernel", 12.0, 30.0),
+        ("_paged_decode_kernel_0d1d", 30.0, 35.0),
+        ("gemm", 33.0, 40.0),  # overlaps: counted in its part, and no gap
+        ("Memcpy DtoH", 45.0, 46.0),
+    ]
+    parts = by_part(reversed(spans))
+    assert parts == {
+        "model": 17.0,
+        "search": 18.0,
+        "attention and pages": 5.0,
+        "window": 0.0,
+        "copies": 1.0,
+        "idle": 2.0 + 5.0,
+    }
+
+
+def test_every_kernel_of_ours_has_a_part():
+    kernels = Path(icecache.__file__).with_name("kernels").glob("*.py")
+    names = [name for path in kernels for name in re.findall(r"def (_\w+_kernel)\(", path.read_text())]
+    assert len(names) >= 5
+    assert all(by_part([(name, 0.0, 1.0)])["model"] == 0.0 for name in names)
 
 
 def test_lines_of_a_version_that_measured_less_are_still_shown():

@@ -6,13 +6,14 @@ import json
 import shlex
 import shutil
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from icecache.cli import build_parser
 from icecache.errors import ConfigError, DataError
-from icecache.eval.folder import MANIFEST, SAMPLES, read_manifest, read_records
+from icecache.eval.folder import MANIFEST, SAMPLES, RunFolder, read_manifest, read_records
 from icecache.eval.needle import needle_path
 from icecache.eval.options import EvalOptions
 from icecache.eval.progress import Progress
@@ -222,3 +223,17 @@ def test_the_documented_commands_are_understood():
     assert len(commands) >= 6
     for command in commands:
         assert build_parser().parse_args(shlex.split(command)[1:]).command == "eval"
+
+
+def test_data_that_changed_and_a_damaged_line_are_refused(run, tmp_path):
+    manifest = read_manifest(run[0])
+    shutil.copytree(run[0], tmp_path / "r")
+    (tmp_path / "r" / MANIFEST).write_text(replace(manifest, data={"a.jsonl": "1"}).to_json())
+    with pytest.raises(ConfigError, match=r"data file a\.jsonl has changed"):
+        RunFolder(tmp_path / "r", replace(manifest, data={"a.jsonl": "2"}), resume=True)
+    with RunFolder(tmp_path / "r", replace(manifest, data={"b.jsonl": "3"}), resume=True) as folder:
+        assert folder.manifest.data == {"a.jsonl": "1", "b.jsonl": "3"}
+    lines = (tmp_path / "r" / SAMPLES).read_text().splitlines(keepends=True)
+    (tmp_path / "r" / SAMPLES).write_text("".join([lines[0], lines[1][:50] + "\n", *lines[2:]]))
+    with pytest.raises(DataError, match=r"samples\.jsonl, line 2: not a record"):
+        list(read_records(tmp_path / "r"))
