@@ -13,24 +13,30 @@ import numpy as np
 import numpy.typing as npt
 
 _Bytes = npt.NDArray[np.uint8]
+_Ints = npt.NDArray[np.int64]
 _At = int | None
 
 def simd() -> str:
     """Name of the instruction set that the loops use on this machine."""
 
 class Pool:
-    """Worker threads for the calls that take a pool; nothing uses a global one.
-
-    Parameters
-    ----------
-    threads : int, optional
-        1..=1024. Default: ``ICECACHE_NUM_THREADS``, or the cores this process may use.
-    """
+    """1..=1024 worker threads, by default ``ICECACHE_NUM_THREADS`` or the cores this process may use."""
 
     def __init__(self, threads: int | None = None) -> None: ...
     @property
     def threads(self) -> int:
         """Number of worker threads."""
+
+class Mirror:
+    """What changed in the pages of many trees since the last look; keeps those pages as they were until the next."""
+
+    def __init__(self) -> None: ...
+    def update(
+        self, pool: Pool, forests: list[Forest], stride: int
+    ) -> tuple[_Ints, _Ints, npt.NDArray[np.int32], _Ints, int]:
+        """Slots (``tree * stride + slot``) and words of changes, slots in use and tokens by tree, most slots in use."""
+    def clear(self) -> None:
+        """Forget the last look, so that its pages can be freed."""
 
 def default_workers() -> int:
     """Search workers that suit this machine; 0: fewer cores than a step with polling workers needs."""
@@ -82,16 +88,8 @@ class HostMemory:
 class Engine:
     """Threads that search for a device, bound to cores.
 
-    Parameters
-    ----------
-    workers : int, optional
-        Search workers, 1..=256; default: `default_workers()`, which raises where that is 0.
-    pin_threads : bool
-        Bind them to cores.
-    linger_us : int, optional
-        How long workers poll for the next step before they sleep, microseconds.
-    patience_ms : int, optional
-        How long the end of a step waits for a worker that is still searching, milliseconds.
+    `workers` 1..=256, by default `default_workers()`, which raises where that is 0. They poll `linger_us` for the next
+    step before they sleep; the end of a step waits `patience_ms` for one that is still searching.
     """
 
     def __init__(
@@ -169,15 +167,9 @@ class Mailbox:
 class PageStore:
     """Memory for pages of 16 keys and 16 values, shared by any number of forests.
 
-    Parameters
-    ----------
-    key_dim, value_dim : int
-        Elements of a key (1..=65536) and of a value (0..=65536; 0 stores keys only).
-    dtype : {"float32", "float16", "bfloat16"}
-    limit_bytes : int, optional
-        Most bytes of pages in use; a call that needs more raises `MemoryError` and changes nothing.
-    memory : HostMemory, optional
-        Where its memory comes from, in pieces of `slab_bytes`; default: the allocator of this process.
+    1..=65536 elements of a key, 0..=65536 of a value (0 stores keys only), "float32", "float16" or "bfloat16". A call
+    that needs more than `limit_bytes` of pages raises `MemoryError` and changes nothing. Memory comes in pieces of
+    `slab_bytes` from `memory`, by default from the allocator of this process.
     """
 
     def __init__(
@@ -214,13 +206,7 @@ class PageStore:
 class Forest:
     """The keys and values of one sequence of one layer: a tree of pages per KV head, all of the same length.
 
-    Any number of threads may read, search and write at the same time; nobody waits for anybody.
-
-    Parameters
-    ----------
-    store : PageStore
-    n_kv_heads : int
-        1..=65536.
+    Any number of threads may read, search and write at the same time; nobody waits for anybody. 1..=65536 heads.
     """
 
     def __init__(self, store: PageStore, n_kv_heads: int) -> None: ...

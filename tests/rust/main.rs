@@ -10,6 +10,7 @@ mod fuzz;
 mod fuzz_targets;
 mod in_place;
 mod inserts;
+mod mirror;
 mod model;
 mod paper;
 mod paper_profiles;

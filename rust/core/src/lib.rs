@@ -34,6 +34,7 @@ mod layout;
 #[path = "../../../tests/rust/loom.rs"]
 mod loom_models;
 mod math;
+mod mirror;
 mod pack;
 mod page;
 pub mod paper;
@@ -71,6 +72,7 @@ pub use forest::{Counters, Forest};
 pub use head::HeadIndex;
 pub use ids::{PageId, PageRef};
 pub use layout::{Dtype, Packing, PageLayout};
+pub use mirror::{Changes, Mirror, Word};
 pub use search::{Share, search};
 pub use selection::{Selection, all_pages, select_pages};
 pub use serve::{PageTable, search_view};

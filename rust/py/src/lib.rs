@@ -8,6 +8,7 @@ mod engine;
 mod errors;
 mod forest;
 mod memory;
+mod mirror;
 mod paper;
 mod pool;
 mod selection;
@@ -25,6 +26,8 @@ mod _core {
     use crate::forest::{Ahead, Forest, PageStore, extend};
     #[pymodule_export]
     use crate::memory::{HostMemory, default_workers, spare_cores, topology};
+    #[pymodule_export]
+    use crate::mirror::Mirror;
     #[pymodule_export]
     use crate::paper::{PaperForest, paper_search};
     #[pymodule_export]
