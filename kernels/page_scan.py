@@ -1,0 +1,270 @@
+"""Estimate the log-sum-exp of every page from its summary, for all query heads of a KV head.
+
+Dimension key: U units, that is (sequence, KV head), N slots of a unit, G query heads per KV head, D key dim, P planes,
+J blocks of `SLOT_BLOCK` slots.
+
+    logit[g, t]  = scale * length[g] * (unit[g] . (mean + step * share[t] * v[t]) + reach * distance)
+    logits[u, g, n] = log sum_t exp(logit[g, t])           over the live tokens t of the page, see `page_codes`
+
+`reach` makes room for what a summary rounds away: a page must not be overlooked because its key was rounded against the
+query. A soft cap applies to each logit. Pages that are not there get minus infinity. `parts[u, j, g]` are maximum and
+sum of `exp(logits - maximum)` over the slots of block j; blocks behind the extent are not written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from icecache.kernels.page_codes import PageCodes
+
+SLOT_BLOCK = 64
+"""Slots of a program."""
+REACH = (0.2, 0.1)
+"""`reach` with one and with two planes: a tenth is a third of the deviation of what two bits round away. Measured on
+keys of a trained model (docs/LOG.md)."""
+
+
+@triton.jit
+def _page_scan_kernel(
+    unit_ptr,  # [U, G, D] float16
+    length_ptr,  # [U, G] float32
+    extents_ptr,  # [U] int32, slots in use
+    words_ptr,  # [U, N] int64
+    planes_ptr,  # [U, N, P, D] int16
+    means_ptr,  # [U, N, D / 2] uint8
+    shares_ptr,  # [U, N, 16] float16
+    numbers_ptr,  # [3, ...] float32
+    logits_ptr,  # [U, G, N] float32
+    parts_ptr,  # [U, J, G, 2] float32
+    stride_numbers,
+    n_slots,  # N
+    n_blocks,  # J
+    scale,
+    reach,
+    softcap,
+    HAS_CAP: tl.constexpr,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    P: tl.constexpr,
+    T: tl.constexpr,
+    NB: tl.constexpr,
+):
+    """One program per (block of slots, unit)."""
+    block = tl.program_id(0)
+    u = tl.program_id(1).to(tl.int64)
+    extent = tl.load(extents_ptr + u)
+    if block * NB >= extent:
+        return
+    n = block * NB + tl.arange(0, NB)
+    inside = n < extent
+    slot = u * n_slots + n  # int64: slots of one unit times D pass 2**31
+    g = tl.arange(0, GP)
+    d = tl.arange(0, DP)
+    j = tl.arange(0, DP // 2)
+    q_ptr = unit_ptr + (u * G + g)[None, :] * D
+    q = tl.load(q_ptr + d[:, None], mask=(d < D)[:, None] & (g < G)[None, :], other=0.0)  # [DP, GP]
+    half = (j < D // 2)[:, None] & (g < G)[None, :]
+    q_even = tl.load(q_ptr + 2 * j[:, None], mask=half, other=0.0)
+    q_odd = tl.load(q_ptr + 2 * j[:, None] + 1, mask=half, other=0.0)
+    word = tl.load(words_ptr + slot, mask=inside, other=0)
+    bytes_ = tl.load(
+        means_ptr + slot[:, None] * (D // 2) + j[None, :], mask=inside[:, None] & (j < D // 2)[None, :], other=0
+    ).to(tl.int32)
+    along_mean = tl.dot(((bytes_ & 15) - 8).to(tl.float16), q_even)  # [NB, GP]
+    along_mean += tl.dot(((bytes_ >> 4) - 8).to(tl.float16), q_odd)
+    mean_scale = tl.load(numbers_ptr + slot, mask=inside, other=0.0)
+    step = tl.load(numbers_ptr + stride_numbers + slot, mask=inside, other=0.0)
+    distance = tl.load(numbers_ptr + 2 * stride_numbers + slot, mask=inside, other=0.0)
+    base = along_mean * mean_scale[:, None] + (reach * distance)[:, None]
+    factor = scale * tl.load(length_ptr + u * G + g, mask=g < G, other=0.0)
+    plane_ptr = planes_ptr + slot[:, None] * (P * D) + d[None, :]
+    filled = inside[:, None] & (d < D)[None, :]
+    low = tl.load(plane_ptr, mask=filled, other=0)  # [NB, DP]
+    if P == 2:
+        high = tl.load(plane_ptr + D, mask=filled, other=0)
+    m = tl.full([NB, GP], float("-inf"), tl.float32)
+    total = tl.zeros([NB, GP], tl.float32)
+    for t in range(T):
+        shift = (tl.zeros([1, 1], tl.int32) + 15 - t).to(tl.int16)
+        # Bit t becomes the sign of 1 (0x3C00) or 2 (0x4000).
+        ones = (((low << shift) & -32768) | 0x3C00).to(tl.float16, bitcast=True)
+        along = tl.dot(ones, q)
+        if P == 2:
+            twos = (((high << shift) & -32768) | 0x4000).to(tl.float16, bitcast=True)
+            along += tl.dot(twos, q)
+        share = tl.load(shares_ptr + slot * T + t, mask=inside, other=0.0).to(tl.float32)
+        logit = (base + (step * share)[:, None] * along) * factor[None, :]
+        if HAS_CAP:
+            logit = softcap * (2.0 * tl.sigmoid(2.0 * logit / softcap) - 1.0)
+        live = ((word >> (t + 48)) & 1) != 0
+        logit = tl.where(live[:, None], logit, float("-inf"))
+        m_new = tl.maximum(m, logit)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        total = total * tl.exp(m - m_safe) + tl.exp(logit - m_safe)
+        m = m_new
+    page = tl.where(total > 0.0, m + tl.log(tl.where(total > 0.0, total, 1.0)), float("-inf"))
+    page = tl.where(total != total, total, page)  # a query that is not a number must not look like an absent page
+    tl.store(logits_ptr + (u * G + g)[None, :] * n_slots + n[:, None], page, mask=inside[:, None] & (g < G)[None, :])
+    top = tl.max(page, 0)
+    top_safe = tl.where(top == float("-inf"), 0.0, top)
+    sums = tl.sum(tl.exp(page - top_safe[None, :]), 0)
+    part_ptr = parts_ptr + ((u * n_blocks + block) * G + g) * 2
+    tl.store(part_ptr, top, mask=g < G)
+    tl.store(part_ptr + 1, sums, mask=g < G)
+
+
+@torch.library.custom_op("icecache::page_scan", mutates_args=("logits", "parts"))
+def _page_scan(
+    unit: torch.Tensor,
+    length: torch.Tensor,
+    extents: torch.Tensor,
+    words: torch.Tensor,
+    planes: torch.Tensor,
+    means: torch.Tensor,
+    shares: torch.Tensor,
+    numbers: torch.Tensor,
+    logits: torch.Tensor,
+    parts: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> None:
+    units, g, n = logits.shape
+    n_planes, d = planes.shape[1:]
+    _page_scan_kernel[(triton.cdiv(n, SLOT_BLOCK), units)](
+        unit,
+        length,
+        extents,
+        words,
+        planes,
+        means,
+        shares,
+        numbers,
+        logits,
+        parts,
+        numbers.stride(0),
+        n,
+        parts.shape[1],
+        scale,
+        REACH[n_planes - 1],
+        softcap,
+        HAS_CAP=softcap > 0.0,
+        G=g,
+        GP=max(16, triton.next_power_of_2(g)),
+        D=d,
+        DP=max(32, triton.next_power_of_2(d)),
+        P=n_planes,
+        T=16,
+        NB=SLOT_BLOCK,
+        num_warps=4,
+    )
+
+
+@_page_scan.register_fake
+def _(
+    unit: torch.Tensor,
+    length: torch.Tensor,
+    extents: torch.Tensor,
+    words: torch.Tensor,
+    planes: torch.Tensor,
+    means: torch.Tensor,
+    shares: torch.Tensor,
+    numbers: torch.Tensor,
+    logits: torch.Tensor,
+    parts: torch.Tensor,
+    scale: float,
+    softcap: float,
+) -> None:
+    return None
+
+
+def n_parts(n_slots: int) -> int:
+    """Blocks of `n_slots` slots."""
+    return triton.cdiv(n_slots, SLOT_BLOCK)
+
+
+def page_scan(
+    unit: torch.Tensor,
+    length: torch.Tensor,
+    extents: torch.Tensor,
+    codes: PageCodes,
+    logits: torch.Tensor,
+    parts: torch.Tensor,
+    scale: float,
+    *,
+    softcap: float | None = None,
+) -> None:
+    """Estimate all pages of all units; see the module docstring.
+
+    Parameters
+    ----------
+    unit, length : torch.Tensor
+        As `rotate_queries` writes them; the first two axes together are U.
+    extents : torch.Tensor
+        int32 (U,): slots from there on hold no page.
+    codes : PageCodes
+        Of U * N slots; views that start at the first unit.
+    logits : torch.Tensor
+        float32 (U, G, N), contiguous; written up to the extents.
+    parts : torch.Tensor
+        float32 (U, `n_parts` (N), G, 2), contiguous; written up to the extents.
+    scale : float
+        Factor on the logits.
+    softcap : float, optional
+        ``softcap * tanh(logit / softcap)``.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype differs from the above.
+    """
+    units, g, n = logits.shape
+    d = codes.planes.shape[2]
+    expected = (
+        ("unit", unit.flatten(0, -3), (units, g, d), torch.float16),
+        ("length", length.flatten(0, -2), (units, g), torch.float32),
+        ("extents", extents, (units,), torch.int32),
+        ("words", codes.words, (units * n,), torch.int64),
+        ("logits", logits, (units, g, n), torch.float32),
+        ("parts", parts, (units, n_parts(n), g, 2), torch.float32),
+    )
+    for name, tensor, shape, dtype in expected:
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            msg = f"{name}: expected contiguous {shape} of {dtype}, got {tuple(tensor.shape)} of {tensor.dtype}"
+            raise ValueError(msg)
+    stored = codes.words, codes.planes, codes.means, codes.shares, codes.numbers
+    _page_scan(unit, length, extents, *stored, logits, parts, scale, softcap or 0.0)
+
+
+def page_scan_ref(
+    q: torch.Tensor,
+    rotation: torch.Tensor,
+    keys: torch.Tensor,
+    distance: torch.Tensor,
+    words: torch.Tensor,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    reach: float,
+) -> torch.Tensor:
+    """Plain torch version of `page_scan` in float64, from queries (U, G, D) and decoded keys (U, N, 16, D).
+
+    Parameters
+    ----------
+    distance, words : torch.Tensor
+        (U, N).
+
+    Returns
+    -------
+    torch.Tensor
+        float64 (U, G, N).
+    """
+    q = q.double()
+    logits = torch.einsum("ugd,untd->ugnt", q @ rotation.double(), keys.double())
+    logits = (logits + reach * q.norm(dim=-1)[:, :, None, None] * distance.double()[:, None, :, None]) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    live = ((words[..., None] >> (48 + torch.arange(16, device=words.device))) & 1).bool()
+    return torch.logsumexp(logits.masked_fill(~live[:, None], float("-inf")), -1)
