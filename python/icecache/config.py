@@ -56,6 +56,16 @@ class IceConfig:
     decode : {"auto", "eager"}, default="auto"
         "auto": on a CUDA device a decode step is one CUDA graph that reads pages in place, wherever model and machine
         allow it (a warning says why not). "eager": always op by op, with selected pages copied.
+    search : {"auto", "gpu", "cpu"}, default="auto"
+        Where a decode step in a CUDA graph chooses its pages. "gpu": on the device, from summaries that it keeps of
+        all pages; nothing waits for the host. "cpu": worker threads search the index, with no memory on the device.
+        "auto": "gpu". Where summaries do not fit, the host searches, with a warning. Steps that run op by op always
+        search on the host.
+    search_bits : {1, 2}, default=2
+        Bits per element of a key in these summaries: 2 take 7.6 % of the keys' and values' bytes (128 dimensions,
+        16-bit types), 1 takes 4.5 % and finds a little less.
+    search_memory : int or None, default=None
+        Most bytes of summaries on the device; None: no limit.
     on_unsupported : {"error", "dense"}, default="error"
         What to do with a layer whose attention cannot be served: raise, or keep it dense (lossless).
 
@@ -78,6 +88,9 @@ class IceConfig:
     threads: int | None = None
     seed: int = 0
     decode: Literal["auto", "eager"] = "auto"
+    search: Literal["auto", "gpu", "cpu"] = "auto"
+    search_bits: Literal[1, 2] = 2
+    search_memory: int | None = None
     on_unsupported: Literal["error", "dense"] = "error"
 
     def __post_init__(self) -> None:
@@ -103,6 +116,12 @@ class IceConfig:
         if self.decode not in ("auto", "eager"):
             msg = f"decode must be 'auto' or 'eager', got {self.decode!r}"
             raise ConfigError(msg)
+        if self.search not in ("auto", "gpu", "cpu"):
+            msg = f"search must be 'auto', 'gpu' or 'cpu', got {self.search!r}"
+            raise ConfigError(msg)
+        _check_int("search_bits", self.search_bits, 1, 2)
+        if self.search_memory is not None:
+            _check_int("search_memory", self.search_memory, 1, 2**62)
         if self.on_unsupported not in ("error", "dense"):
             msg = f"on_unsupported must be 'error' or 'dense', got {self.on_unsupported!r}"
             raise ConfigError(msg)

@@ -35,6 +35,20 @@ class EngineError(IceCacheError, RuntimeError):
     """A decode step failed in the search workers: a panic, an overrun. The next step may work."""
 
 
+class SearchMemoryError(EngineError):
+    """Page summaries do not fit the device, or `search_memory`: the host can search instead.
+
+    Attributes
+    ----------
+    needed_bytes, available_bytes : int or None
+        What they need and what there is, where known.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int | None = None, available_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.needed_bytes, self.available_bytes = needed_bytes, available_bytes
+
+
 class ReadOnlyIndexError(IceCacheError, TypeError):
     """A snapshot or a memory-mapped index was asked to change; ``copy()`` gives one that can."""
 

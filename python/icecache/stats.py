@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-PARTS = ("prefill_offload", "index_build", "insert_wait", "search", "transfer", "attention")
+PARTS = ("prefill_offload", "index_build", "insert_wait", "summaries", "search", "transfer", "attention")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

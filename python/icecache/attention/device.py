@@ -14,6 +14,7 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,9 @@ from icecache.config import PAGE_TOKENS
 from icecache.pages import columns, row_dim
 from icecache.pages.near import NearBuffer
 from icecache.transfer import MailboxTensors
+
+if TYPE_CHECKING:
+    from icecache.attention.finder import PageFinder
 
 SLACK_COLUMNS = 96
 """Columns beyond what the near tokens need: gaps in the window are closed once in as many steps."""
@@ -86,11 +90,15 @@ class DeviceStep:
     ----------
     shape : StepShape
     mailbox : MailboxTensors or None
-        None: nobody is asked, `table` holds the pages to read.
+        None: the finder fills `table`, or without one it holds the pages to read.
     """
 
     def __init__(self, shape: StepShape, mailbox: MailboxTensors | None) -> None:
         self.shape, self.mailbox = shape, mailbox
+        self.finder: PageFinder | None = None
+        """Searches on the device; whoever replaces it after a capture counts `epoch` up."""
+        self.epoch = 0
+        """How often memory that a captured step names was replaced."""
         units = (shape.n_rows, shape.n_kv_heads)
         lead = (shape.n_layers, *units)
         columns = shape.near_tokens + SLACK_COLUMNS
@@ -115,7 +123,8 @@ class DeviceStep:
 
     def nbytes(self) -> int:
         """Bytes on the device."""
-        return sum(t.nbytes for t in (self.near_keys, self.near_values, self.table, self.state))
+        own = sum(t.nbytes for t in (self.near_keys, self.near_values, self.table, self.state))
+        return own + (0 if self.finder is None else self.finder.nbytes())
 
     def hold(self, near: Sequence[NearBuffer]) -> None:
         """Move the near tokens of every layer into the static buffers; those that are there already stay.
@@ -196,6 +205,8 @@ class DeviceStep:
         if box is not None and place == 0:
             answered, timeout = box.answered[group : group + 1], box.timeout[group : group + 1]
             mailbox_wait(answered, box.table[group, : shape.n_rows], timeout, self.ticket, table)
+        elif self.finder is not None and place == 0:
+            self.finder.find(group, grouped, table, scaling, softcap)
         out, self.lse[layer] = paged_decode(
             grouped,
             near_keys,

@@ -6,23 +6,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import torch
-
 from icecache import _core
+from icecache.attention.account import count_step
 from icecache.attention.device import DeviceStep, StepShape
-from icecache.attention.mass import add_mass, kept_sum
-from icecache.config import PAGE_TOKENS
 from icecache.errors import EngineError
 from icecache.pages import LayerPages
 from icecache.pages.store import dtype_name
 from icecache.select import Services
-from icecache.transfer import ADDRESS_BITS, MailboxShape, MailboxTensors, open_mailbox
-
-MASS_EVERY = 8
-"""Steps per estimate of the attention mass kept: it costs some launches."""
-_LIVE = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.int64)
-"""Number of bits set, by the upper 16 bits of a page word."""
+from icecache.transfer import MailboxShape, MailboxTensors, open_mailbox
 
 
 @dataclass(eq=False)
@@ -86,6 +77,9 @@ class EngineSearch:
         self._boxes[id(tensors)] = _Box(box, tensors)
         return tensors
 
+    def prepare(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
+        """Nothing to do: the host's memory of a mailbox never moves."""
+
     def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:
         """Search these pages from now on, as they are now.
 
@@ -144,22 +138,11 @@ class EngineSearch:
         self._boxes.clear()
 
     def _count(self, held: _Box, step: DeviceStep) -> None:
-        recorder, shape = self._services.recorder, step.shape
         times = held.box.times()
-        recorder.ms["search"] += float((times[:, 1] - times[:, 0]).sum()) / 1e6
-        words = held.tensors.table.numpy().view(np.uint64)
-        sizes = np.array(shape.group_sizes)  # every layer of a group reads its own keys and values of the pages
-        n_pages = int(np.count_nonzero(words, axis=(1, 2, 3)) @ sizes)
-        recorder.pages_read += n_pages
-        recorder.bytes_to_device += n_pages * PAGE_TOKENS * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
-        live = _LIVE[words >> np.uint64(ADDRESS_BITS)].sum(-1).repeat(sizes, axis=0)  # (L, R, H)
-        recorder.attended(live + np.array(step.near_counts)[:, None])
+        self._services.recorder.ms["search"] += float((times[:, 1] - times[:, 0]).sum()) / 1e6
+        table, lse = held.tensors.table, held.tensors.lse
+        count_step(self._services, step, table[:, : step.shape.n_rows], lse[:, : step.shape.n_rows], held.n_steps)
         held.n_steps += 1
-        # The search knows all the mass of the leaders' queries, and nothing of the others'.
-        attended = [x for layer in shape.leaders if (x := step.lse[layer]) is not None]
-        if held.n_steps % MASS_EVERY == 1 and attended:
-            kept = kept_sum(torch.stack(attended), held.tensors.lse[:, : shape.n_rows].numpy())
-            add_mass(self._services, shape.device, kept, sum(x.numel() for x in attended))
 
 
 def _forget(reference: weakref.ref[_Box], binding: int) -> None:

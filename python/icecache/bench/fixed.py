@@ -36,6 +36,9 @@ class FixedPages:
         self._pool[:64].normal_(generator=self._generator)
         self._pool[64:] = self._pool[:64].repeat(n_pages // 64, 1)[: n_pages - 64]
 
+    def prepare(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
+        """Nothing to do."""
+
     def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:  # noqa: ARG002
         """Fill the table once with `n_pages` full pages a head."""
         if id(step) not in self._filled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from transformers import DynamicCache
 from icecache.bench.baselines import StaticGraph
 from icecache.bench.fixed import FixedPages
 from icecache.bench.synthetic import Content, fill
+from icecache.config import IceConfig
 from icecache.errors import ConfigError
 from icecache.hf.graph import GraphDecoder
 from icecache.hf.names import cache_argument
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 METHODS = {
-    "ice": "IceCache: search on the host, a step in one CUDA graph",
+    "ice": "IceCache: search on the device, a step in one CUDA graph",
+    "ice-1bit": "the same with one bit per element in the summaries instead of two",
+    "ice-cpu": "IceCache: search on the host, a step in one CUDA graph",
     "ice-6": "the same with 6 candidates per page read instead of 24",
     "ice-reuse": "the same as ice, and of 3 layers one searches for all",
     "ice-eager": "IceCache, op by op",
@@ -31,6 +35,14 @@ METHODS = {
     "flash-graph": "full attention, flash-decoding kernel, static cache, a step in one CUDA graph",
 }
 
+
+_CONFIGS = {
+    "ice": IceConfig(search="gpu"),
+    "ice-1bit": IceConfig(search="gpu", search_bits=1),
+    "ice-cpu": IceConfig(search="cpu"),
+    "ice-6": IceConfig(search="cpu", candidates_per_page=6),
+    "ice-reuse": IceConfig(search="gpu", reuse=3),
+}
 
 WARM_UP_TOKENS = 2048
 """Of a prompt, before its time is taken: enough for pages to be built and a step to be captured."""
@@ -100,9 +112,8 @@ def start(
     if method not in METHODS:
         msg = f"method must be one of {', '.join(METHODS)}, got {method!r}"
         raise ConfigError(msg)
-    decode = "auto" if method in ("ice", "ice-6", "ice-reuse") else "eager"
-    reuse, candidates = 3 if method == "ice-reuse" else 1, 6 if method == "ice-6" else 24
-    runtime = IceRuntime.wrap(model, budget=budget, decode=decode, reuse=reuse, candidates_per_page=candidates)
+    config = replace(_CONFIGS.get(method, IceConfig(decode="eager")), budget=budget)
+    runtime = IceRuntime.wrap(model, config)
     if method == "ice-no-search":
         runtime._hooks.decode_with(GraphDecoder(model, runtime._engine, FixedPages(content.seed)))
     return _decoding(model, runtime.new_cache, content, prompt, runtime.unwrap, runtime)

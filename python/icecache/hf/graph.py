@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from icecache import _core
-from icecache.attention import DeviceStep, EngineSearch, StepShape
+from icecache.attention import DeviceSearch, DeviceStep, EngineSearch, StepShape
 from icecache.config import PAGE_TOKENS
-from icecache.errors import EngineError
+from icecache.errors import EngineError, SearchMemoryError
 from icecache.hf.capture import Captured, capture
 from icecache.hf.request import NotCapturableError, Request, read_request
 from icecache.hf.step import Engine, Step, current_step
@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 
 
 _SLOW = "decode steps are not captured in a CUDA graph and run op by op, which is slower: {}"
+_HOST_SEARCHES = (
+    "pages are searched on the host, which is slower: {}. search_bits=1 needs about half as much memory, search='cpu' "
+    "asks for this without a warning"
+)
 
 
 class Search(Protocol):
@@ -40,6 +44,13 @@ class Search(Protocol):
         """Make a mailbox for steps of this shape; None: the table is filled by somebody else.
 
         Raises EngineError if there can be none.
+        """
+        ...
+
+    def prepare(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
+        """Make ready for these pages before the step is captured or begun; the step before is over.
+
+        Raises EngineError, SearchMemoryError if another search may do.
         """
         ...
 
@@ -67,14 +78,25 @@ class GraphDecoder:
     search : Search
     graph : bool, default=True
         False: run the same steps without a graph, on any device (tests).
+    fallback : callable or None, default=None
+        Makes the search that takes over, with a warning, when the first one lacks memory on the device.
     """
 
-    def __init__(self, model: PreTrainedModel, engine: Engine, search: Search, *, graph: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        engine: Engine,
+        search: Search,
+        *,
+        graph: bool = True,
+        fallback: Callable[[], Search] | None = None,
+    ) -> None:
         self.model, self.engine, self.search, self.graph = model, engine, search, graph
+        self._fallback = fallback
         self._names: list[str] = []
         self._own = model.forward
         self._steps: dict[StepShape, DeviceStep] = {}
-        self._captured: dict[tuple[StepShape, object], Captured] = {}
+        self._captured: dict[tuple[StepShape, int, object], Captured] = {}
         self._running: DeviceStep | None = None
         self._done: torch.cuda.Event | None = None
         self.refused: str | None = None
@@ -100,11 +122,7 @@ class GraphDecoder:
             self.settle()
         except Exception as error:
             warnings.warn(f"the last decode step had failed: {error}", stacklevel=3)
-        for step in self._steps.values():
-            step.release()
-        self._captured.clear()
-        self._steps.clear()
-        self.search.close()
+        self._drop_steps()
 
     def settle(self) -> None:
         """Wait for the step in flight and report what went wrong in it.
@@ -146,7 +164,11 @@ class GraphDecoder:
     def _decode(self, now: Step, request: Request) -> object | None:
         """Run one step; None: it could not be captured, and nothing has changed."""
         try:
-            step = self._step_of(request)
+            try:
+                step = self._prepared(request)
+            except SearchMemoryError as error:
+                self._fall_back(error)
+                step = self._prepared(request)
             captured = self._captured_for(now, step, request)
         except (NotCapturableError, EngineError) as error:
             self._refuse(error)
@@ -171,11 +193,33 @@ class GraphDecoder:
         output: object = captured.output(request)
         return output
 
+    def _prepared(self, request: Request) -> DeviceStep:
+        step = self._step_of(request)
+        epoch = step.epoch
+        self.search.prepare(step, request.pages, self.engine.services.n_pages)
+        if step.epoch != epoch:  # its graphs name memory that is gone
+            self._captured = {key: x for key, x in self._captured.items() if key[0] != step.shape}
+        return step
+
+    def _fall_back(self, error: SearchMemoryError) -> None:
+        if self._fallback is None:
+            raise error
+        warnings.warn(f"{_HOST_SEARCHES.format(error)}", stacklevel=6)
+        self._drop_steps()
+        self.search, self._fallback = self._fallback(), None
+
+    def _drop_steps(self) -> None:
+        for step in self._steps.values():
+            step.release()
+        self._captured.clear()
+        self._steps.clear()
+        self.search.close()
+
     def _captured_for(self, now: Step, step: DeviceStep, request: Request) -> Captured:
         step.hold([pages.near for pages in request.pages])
         for pages in request.pages:
             pages.near.reserve_one()
-        key = step.shape, request.kind
+        key = step.shape, step.epoch, request.kind
         captured = self._captured.get(key)
         if captured is None:
             captured = self._captured[key] = capture(self._own, now, step, request, graph=self.graph)
@@ -224,9 +268,17 @@ def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
         reason = "triton is not installed"
     elif "forward" in model.__dict__:
         reason = "something else has replaced model.forward"
-    elif _core.default_workers() == 0:
+    elif engine.config.search == "cpu" and _core.default_workers() == 0:
         reason = "too few cores for workers that poll; 4 are the least"
     if reason is not None:
         warnings.warn(_SLOW.format(reason), stacklevel=5)
         return None
-    return GraphDecoder(model, engine, EngineSearch(_core.Engine, services))
+    config = engine.config
+
+    def on_host() -> Search:
+        return EngineSearch(_core.Engine, services)
+
+    if config.search == "cpu":
+        return GraphDecoder(model, engine, on_host())
+    search = DeviceSearch(services, planes=config.search_bits, limit_bytes=config.search_memory)
+    return GraphDecoder(model, engine, search, fallback=on_host if _core.default_workers() else None)

@@ -1,0 +1,195 @@
+"""The search of decode steps that choose their pages on the device: keeps its summaries what the pages are."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from icecache import _core
+from icecache.attention.account import count_step
+from icecache.attention.device import DeviceStep, StepShape
+from icecache.attention.finder import FinderShape, PageFinder
+from icecache.config import PAGE_TOKENS
+from icecache.errors import BadTensorError, EngineError, SearchMemoryError
+from icecache.pages import LayerPages
+from icecache.select import Services
+
+_GROWTH_PART = 8
+"""A context may grow by this part before its summaries move; then the step is captured anew."""
+_TICKET = 1
+"""Nobody is asked, so nobody compares it."""
+
+
+@dataclass(eq=False)
+class _Held:
+    """What a step searches."""
+
+    mirror: _core.Mirror = field(default_factory=_core.Mirror)
+    pages: list[weakref.ref[LayerPages]] = field(default_factory=list)
+    """Weak: a sequence that is dropped gives its pages back."""
+    changes: list[int] = field(default_factory=list)
+    """Of these pages, as of the last look."""
+    whole: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """(S, R, H): tokens where a row is read whole, -1 elsewhere."""
+    binding: int = 0
+    in_flight: bool = False
+    stale: bool = False
+    """Whether the pages were let go of: what the device holds means nothing any more."""
+    n_steps: int = 0
+
+    def release(self) -> None:
+        """Let go of the pages."""
+        self.pages = []
+        self.mirror.clear()
+        self.stale = True
+
+
+class DeviceSearch:
+    """Searches on the device, without the host in the step.
+
+    Parameters
+    ----------
+    services : Services
+        Of the runtime; the memory of its stores must be page-locked when a step is made for a CUDA device.
+    planes : int, default=2
+        Bits per element of a key in the summaries, 1 or 2.
+    limit_bytes : int or None, default=None
+        Most bytes of summaries of a step.
+    """
+
+    def __init__(self, services: Services, *, planes: int = 2, limit_bytes: int | None = None) -> None:
+        self._services, self._planes, self._limit = services, planes, limit_bytes
+        self._held: dict[DeviceStep, _Held] = {}
+
+    def mailbox(self, shape: StepShape) -> None:
+        """Check that the device can read the pages in place; nobody is asked.
+
+        Raises
+        ------
+        EngineError
+            If it cannot.
+        """
+        memory = self._services.stores.memory
+        if shape.device.type == "cuda" and (memory is None or not memory.is_pinned()):
+            msg = "the pages do not lie in page-locked memory"
+            raise EngineError(msg)
+
+    def prepare(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
+        """Search these pages from now on, as they are now. The step before is over.
+
+        Raises
+        ------
+        SearchMemoryError
+            If their summaries do not fit the limit or the device.
+        """
+        held = self._held.setdefault(step, _Held())
+        leaders = [p for p in pages if p.place == 0]
+        changes = [p.changes for p in leaders]
+        same = len(held.pages) == len(leaders) and all(a() is b for a, b in zip(held.pages, leaders, strict=True))
+        if same and held.changes == changes:
+            return
+        with self._services.recorder.part("summaries"):
+            self._look(held, step, [forest for p in leaders for forest in p.forests], n_pages)
+        held.changes = changes
+        if not same:
+            held.binding += 1
+            held.pages = [weakref.ref(p) for p in leaders]
+            weakref.finalize(leaders[0], _forget, weakref.ref(held), held.binding)
+
+    def _look(self, held: _Held, step: DeviceStep, forests: list[_core.Forest], n_pages: int) -> None:
+        if held.stale and step.finder is not None:
+            step.finder.reset()
+        held.stale = False
+        n_slots = 0 if step.finder is None else step.finder.shape.n_slots
+        slots, words, extents, tokens, needed = held.mirror.update(self._services.pool, forests, n_slots)
+        if step.finder is None or needed > n_slots:
+            held.mirror.clear()
+            n_slots = self._grow(step, needed, n_pages)
+            slots, words, extents, tokens, _ = held.mirror.update(self._services.pool, forests, n_slots)
+        assert step.finder is not None, "it was made above"
+        whole = tokens <= n_pages * PAGE_TOKENS
+        step.finder.update(slots, words, extents, whole)
+        shape = step.shape
+        held.whole = np.where(whole, tokens, -1).reshape(shape.n_searches, shape.n_rows, shape.n_kv_heads)
+
+    def _grow(self, step: DeviceStep, needed: int, n_pages: int) -> int:
+        """Make room for `needed` slots a tree; what was summarised is lost."""
+        from icecache.kernels.page_select import MAX_SLOTS
+
+        step.finder = None  # first: two would not fit
+        if needed > MAX_SLOTS:
+            msg = f"a row has {needed} pages a head, the device searches at most {MAX_SLOTS}"
+            raise SearchMemoryError(msg)
+        slack = needed + needed // _GROWTH_PART + 64
+        for wanted in (slack, needed):
+            shape = FinderShape(min(wanted + -wanted % 64, MAX_SLOTS), self._planes, n_pages)
+            n_bytes = shape.nbytes(step.shape)
+            if self._limit is None or n_bytes <= self._limit:
+                break
+        else:
+            msg = f"page summaries need {n_bytes} bytes on the device, search_memory is {self._limit}"
+            raise SearchMemoryError(msg, needed_bytes=n_bytes, available_bytes=self._limit)
+        step.epoch += 1
+        try:
+            step.finder = PageFinder(step.shape, shape)
+        except torch.OutOfMemoryError as error:
+            msg = f"page summaries need {n_bytes} bytes on the device, which has no room for them"
+            raise SearchMemoryError(msg, needed_bytes=n_bytes) from error
+        return shape.n_slots
+
+    def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:  # noqa: ARG002
+        """Nothing is left to do: `prepare` has looked at the pages."""
+        self._held[step].in_flight = True
+        return _TICKET
+
+    def end(self, step: DeviceStep) -> None:
+        """Count what was read, and raise what went wrong.
+
+        Raises
+        ------
+        BadTensorError
+            If a query held NaN or infinity.
+        EngineError
+            If a row that fits the budget was not read whole: a bug.
+        """
+        held, finder = self._held[step], step.finder
+        held.in_flight = False
+        if held.pages and held.pages[0]() is None:
+            held.release()
+        assert finder is not None, "a step that ran has a finder"
+        bad = np.isnan(finder.host_lse.numpy()).any((3, 4))
+        if bad.any():
+            search, row, head = np.argwhere(bad)[0]
+            layer = step.shape.leaders[search]
+            msg = f"layer {layer}, row {row}, KV head {head}: a query is not finite"
+            raise BadTensorError(msg)
+        read = count_step(self._services, step, finder.host_table, finder.host_lse, held.n_steps)
+        held.n_steps += 1
+        missing = (held.whole >= 0) & (read != held.whole)
+        if missing.any():
+            search, row, head = np.argwhere(missing)[0]
+            got, all_of_it = read[search, row, head], held.whole[search, row, head]
+            layer = step.shape.leaders[search]
+            msg = f"layer {layer}, row {row}, KV head {head}: {got} of {all_of_it} tokens were read, all fit the budget"
+            raise EngineError(msg)
+
+    def close(self) -> None:
+        """Let go of all sequences; no step is in flight."""
+        for step, held in self._held.items():
+            if step.shape.device.type == "cuda":
+                torch.cuda.synchronize(step.shape.device)  # sync: summaries may still be read from the pages
+            held.release()
+            step.finder = None
+        self._held.clear()
+
+
+def _forget(reference: weakref.ref[_Held], binding: int) -> None:
+    """Free the pages of a sequence that was dropped, unless another one is searched by now."""
+    held = reference()
+    if held is not None and held.binding == binding and not held.in_flight:
+        held.release()

@@ -1,0 +1,210 @@
+"""Decode steps whose pages are chosen on the device, against eager steps, which search on the host.
+
+On a CPU the kernels run in Triton's interpreter and nothing is captured. Contexts of up to 48 pages are scored from
+their keys, page by page, so that both ways read the same pages.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+from icecache import IceRuntime, _core
+from icecache.attention import DeviceSearch, EngineSearch
+from icecache.errors import BadTensorError
+from icecache.hf.graph import GraphDecoder
+from tiny import build, left_padded, prompt
+
+GPU = torch.cuda.is_available()
+N_NEW = 12 if GPU else 2  # the interpreter takes some seconds a step
+DEVICE = "cuda" if GPU else "cpu"
+SMALL = {"dense_below": 0, "threads": 1, "budget": 64, "decode": "eager"}
+
+
+class CountingSearch(DeviceSearch):
+    """The search, which also counts its steps."""
+
+    steps = 0
+
+    def begin(self, *arguments):
+        self.steps += 1
+        return super().begin(*arguments)
+
+
+def with_device_search(runtime, fallback=None, **options):
+    """Let a runtime decode on static buffers and search there; returns the search."""
+    search = CountingSearch(runtime._services, **options)
+    decoder = GraphDecoder(runtime.model, runtime._engine, search, graph=GPU, fallback=fallback)
+    runtime._hooks.decode_with(decoder)
+    return search
+
+
+def generate(model, inputs, n_new=N_NEW, **options):
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    options = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options}
+    out = model.generate(**inputs, max_new_tokens=n_new, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+def steps(runtime, ids, first, stop):
+    """Logits of tokens first .. stop, one by one, behind a prompt."""
+    cache = runtime.new_cache()
+    with torch.no_grad():
+        runtime.model(ids[:, :first], past_key_values=cache)
+        out = [runtime.model(ids[:, t : t + 1], past_key_values=cache).logits[:, -1] for t in range(first, stop)]
+    runtime.stats()
+    return torch.cat(out), cache
+
+
+def close(a, b):
+    return (a - b).abs().max() <= 1e-4 * a.abs().max()
+
+
+@pytest.mark.parametrize("planes", [2, pytest.param(1, marks=pytest.mark.gpu)])
+def test_steps_give_the_logits_of_eager_steps_under_a_small_budget(planes):
+    model = build("llama").to(DEVICE)
+    ragged = left_padded([150, 70])
+    with IceRuntime.wrap(model, **SMALL) as runtime:
+        eager = generate(model, ragged)
+        search = with_device_search(runtime, planes=planes)
+        ours = generate(model, ragged)
+        stats = runtime.stats()
+    assert search.steps == N_NEW - 1
+    assert torch.equal(eager[0], ours[0])
+    assert close(eager[1], ours[1])
+    assert stats.attended_max <= 64 + 1 + 15
+    assert 0.0 < stats.mass_kept <= 1.0
+    assert stats.ms["summaries"] > 0
+
+
+PIECES = [(1, (120, 121)), (0, (120, 150)), (0, None), (0, (130, 131))]
+"""Of two sequences in turn, tokens that are appended; None: 30 are cropped."""
+if GPU:
+    PIECES += [(1, (121, 123)), (1, (123, 124)), (1, None), (0, (131, 132)), (1, (100, 101))]
+
+
+def test_inserts_crops_and_other_sequences_are_seen_by_the_next_step():
+    model, ids = build("llama").to(DEVICE), prompt(2, 200).to(DEVICE)
+
+    def run(runtime):
+        caches, out = [runtime.new_cache() for _ in range(2)], []
+        with torch.no_grad():
+            for row, cache in enumerate(caches):
+                model(ids[row : row + 1, :120], past_key_values=cache)
+            for row, piece in PIECES:
+                if piece is None:
+                    caches[row].crop(-30)
+                    continue
+                out += [model(ids[row : row + 1, slice(*piece)], past_key_values=caches[row]).logits[:, -1]]
+        return torch.cat(out)
+
+    with IceRuntime.wrap(model, **SMALL) as runtime:
+        eager = run(runtime)
+        search = with_device_search(runtime)
+        ours = run(runtime)
+    assert search.steps == sum(piece is not None and piece[1] - piece[0] == 1 for _, piece in PIECES)
+    assert close(eager, ours)
+
+
+def test_a_covering_budget_reads_everything():
+    model, ids = build("llama").to(DEVICE), prompt(1, 90).to(DEVICE)
+    with torch.no_grad():
+        dense = model(ids).logits[0, 89:]
+    with IceRuntime.wrap(model, **(SMALL | {"budget": 48 + 64})) as runtime:
+        with_device_search(runtime)
+        ours, _ = steps(runtime, ids, 89, 90)
+    assert close(dense, ours)
+
+
+def test_a_dropped_cache_gives_its_pages_back_and_the_next_sequence_does_not_see_them():
+    model, ids = build("llama").to(DEVICE), prompt(2, 120).to(DEVICE)
+    with IceRuntime.wrap(model, **SMALL) as runtime:
+        eager, cache = steps(runtime, ids[1:], 110, 111)
+        del cache
+        with_device_search(runtime)
+        _, cache = steps(runtime, ids[:1], 110, 111)
+        assert runtime._services.stores.used_bytes() > 0
+        del cache
+        gc.collect()
+        assert runtime._services.stores.used_bytes() == 0
+        assert close(eager, steps(runtime, ids[1:], 110, 111)[0])
+
+
+def test_a_query_that_is_not_finite_is_an_error_of_the_next_step():
+    model, ids = build("llama").to(DEVICE), prompt(1, 120).to(DEVICE)
+    with IceRuntime.wrap(model, **SMALL) as runtime, torch.no_grad():
+        with_device_search(runtime)
+        cache = runtime.new_cache()
+        model(ids[:, :110], past_key_values=cache)
+        weight = model.model.layers[1].self_attn.q_proj.weight
+        kept = weight.clone()
+        weight.fill_(torch.nan)
+        model(ids[:, 110:111], past_key_values=cache)
+        weight.copy_(kept)
+        with pytest.raises(BadTensorError, match="layer 1, row 0, KV head 0"):
+            runtime.stats()
+
+
+def test_summaries_that_do_not_fit_mean_one_warning_and_the_host_searches():
+    model, ids = build("llama").to(DEVICE), prompt(1, 120).to(DEVICE)
+    with IceRuntime.wrap(model, **SMALL) as runtime:
+        eager, _ = steps(runtime, ids, 110, 112)
+        hosts = []
+
+        def on_host():
+            hosts.append(EngineSearch(lambda: _core.Engine(None if GPU else 1, pin_threads=GPU), runtime._services))
+            return hosts[0]
+
+        with_device_search(runtime, fallback=on_host, limit_bytes=1000)
+        with pytest.warns(UserWarning, match="searched on the host") as caught:
+            ours = [steps(runtime, ids, 110, 112)[0] for _ in range(2)]
+        messages = [str(w.message) for w in caught if "searched on the host" in str(w.message)]
+        assert len(messages) == 1
+        assert "search_memory is 1000" in messages[0]
+        assert len(hosts) == 1
+        assert len(hosts[0]._boxes) == 1
+        assert all(close(eager, x) for x in ours)
+
+
+@pytest.mark.gpu
+def test_a_context_that_outgrows_its_slots_is_captured_anew():
+    model, ids = build("llama").to(DEVICE), prompt(1, 2300).to(DEVICE)
+    with IceRuntime.wrap(model, **(SMALL | {"budget": 48 + 640})) as runtime:
+        eager = [steps(runtime, ids, n, n + 4)[0] for n in (120, 2200)]
+        with_device_search(runtime)
+        ours = [steps(runtime, ids, n, n + 4)[0] for n in (120, 2200, 120)]
+        (step,) = runtime._hooks.decoder._steps.values()
+        assert step.epoch == 2
+        assert len(runtime._hooks.decoder._captured) == 1
+    assert close(eager[0], ours[0])
+    assert close(eager[0], ours[2])
+    assert close(eager[1], ours[1])
+
+
+@pytest.mark.gpu
+def test_the_configured_search_is_the_one_that_runs():
+    model, ids = build("llama").to(DEVICE), prompt(1, 120).to(DEVICE)
+    for where, kind in (("auto", DeviceSearch), ("gpu", DeviceSearch), ("cpu", EngineSearch)):
+        with IceRuntime.wrap(model, dense_below=0, budget=64, search=where) as runtime, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            steps(runtime, ids, 110, 114)
+            assert isinstance(runtime._hooks.decoder.search, kind)
+            assert runtime._hooks.decoder.refused is None
+
+
+@pytest.mark.gpu
+def test_two_thousand_steps_choose_nearly_what_eager_steps_choose():
+    """Inserts, splits and seals on the way; with a budget of a tenth of the context both searches agree closely."""
+    model, ids = build("llama").to(DEVICE), prompt(1, 2200).to(DEVICE)
+    with IceRuntime.wrap(model, **(SMALL | {"budget": 48 + 160})) as runtime:
+        eager, _ = steps(runtime, ids, 200, 2200)
+        search = with_device_search(runtime)
+        ours, cache = steps(runtime, ids, 200, 2200)
+        for layer in cache.layers:
+            layer.pages.forests[0].validate()
+    assert search.steps == 2000
+    error = (eager - ours).abs().amax(-1) / eager.abs().max()
+    assert error.median() <= 1e-3
+    assert (error <= 0.05).float().mean() > 0.99
