@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 
 _THREADS = 2
 """Of a pool of our own: 16 tokens for 256 trees take some 20 ms of one core, and there are 16 steps for it."""
-_NICE = 19
-"""Least priority: whoever waits for an insert does not use the processor meanwhile."""
+_NICE = 10
+"""A tenth of the processor beside the thread that launches. Not less: on a machine that others use too, an insert that
+gets no time at all is waited for."""
 _LEAST_LEAD = 8
 """Steps between hand-over and adoption. Rows that come nearer to the latter, after a later chunk, say, are inserted at
 once when they are due."""

@@ -263,9 +263,9 @@ def test_background_threads_stay_on_the_cores_that_workers_leave_and_step_back()
         started = tasks() - before
         assert len(started) >= 3, "one that inserts, its helpers, one that packs"
         for task in started:
-            assert os.getpriority(os.PRIO_PROCESS, task) == 19
+            assert os.getpriority(os.PRIO_PROCESS, task) == ahead._NICE
             assert os.sched_getaffinity(task) == set(_core.spare_cores())
-    assert os.getpriority(os.PRIO_PROCESS, 0) < 19
+    assert os.getpriority(os.PRIO_PROCESS, 0) < ahead._NICE
 
 
 def test_unwrap_waits_for_what_is_under_way_and_dropped_caches_give_their_pages_back():
