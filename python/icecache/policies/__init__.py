@@ -17,4 +17,6 @@ from icecache.policies.pqcache import PQCache as PQCache
 from icecache.policies.quest import Quest as Quest
 from icecache.policies.sampling import OracleSampling as OracleSampling
 from icecache.policies.snapkv import SnapKV as SnapKV
+from icecache.policies.streaming import RenumberedStreaming as RenumberedStreaming
+from icecache.policies.streaming import frequencies_of as frequencies_of
 from icecache.policies.token_oracle import TokenOracle as TokenOracle

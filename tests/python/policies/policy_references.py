@@ -208,3 +208,29 @@ class MagicPIG:
                     once = self.tables * p * (1 - p) ** (self.tables - 1)
                     mask[h, g, i], self.bias[h, g, i] = True, -np.log(1 - (1 - p) ** self.tables - once + 1e-4)
         return mask
+
+
+class RenumberedStreaming:
+    """Keys turned back to position 0 and forth to their place in the cache, as complex numbers."""
+
+    def __init__(self, _: PromptRow, *, budget: int, sink: int, frequencies: list[float]) -> None:
+        self.sink, self.window, self.frequencies = sink, budget - sink, np.array(frequencies)
+
+    def _turned(self, keys, positions):
+        n, out = len(self.frequencies), keys.copy()
+        pairs = (keys[..., :n] + 1j * keys[..., n : 2 * n]) * np.exp(1j * np.outer(positions, self.frequencies))
+        out[..., :n], out[..., n : 2 * n] = pairs.real, pairs.imag
+        return out
+
+    def step(self, keys, query):
+        n, mask = keys.shape[1], np.zeros((*query.shape[:2], keys.shape[1]), bool)
+        held = [i for i in range(n) if i < self.sink or i >= n - 1 - self.window]
+        mask[:, :, held] = True
+        flat = self._turned(keys[:, held], [-i for i in held])
+        placed = self._turned(flat, range(len(held)))
+        # The query stands behind all of them: at the place of the newest token.
+        asked = self._turned(query, np.full(query.shape[1], len(held) - n))
+        self.bias = np.zeros(mask.shape)
+        for h in range(len(keys)):
+            self.bias[h][:, held] = (asked[h] @ placed[h].T - query[h] @ keys[h, held].T) * SCALING
+        return mask

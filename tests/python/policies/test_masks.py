@@ -17,12 +17,14 @@ from icecache.policies import (
     PositionalPageOracle,
     PQCache,
     Quest,
+    RenumberedStreaming,
     SnapKV,
     TokenOracle,
 )
 from icecache.select import StepView
 from policy_driver import drive, stub_services
 
+FREQUENCIES = [1.0, 0.3, 0.1, 0.03, 0.01, 0.003]  # the last 4 of 16 channels are not turned
 CASES = {
     "quest": (Quest(64), partial(reference.Quest, budget=64)),
     "quest of few pages": (Quest(16), partial(reference.Quest, budget=16)),
@@ -60,6 +62,10 @@ CASES = {
     "page-oracle-positional": (
         PositionalPageOracle(64, 4, 20, 8),
         partial(reference.PositionalPageOracle, budget=64, sink=4, window=20, page=8),
+    ),
+    "streaming-renumbered": (
+        RenumberedStreaming(40, FREQUENCIES),
+        partial(reference.RenumberedStreaming, budget=40, sink=4, frequencies=FREQUENCIES),
     ),
     "token-oracle": (
         TokenOracle(48, 4, 16),

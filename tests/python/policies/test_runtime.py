@@ -6,13 +6,15 @@ import copy
 
 import pytest
 import torch
-from icecache import CacheStateError, ConfigError, IceConfig, IceRuntime
+from icecache import CacheStateError, ConfigError, IceConfig, IceRuntime, UnsupportedModelError
 from icecache.policies import (
     POLICIES,
     Prefill,
     Quest,
+    RenumberedStreaming,
     SnapKV,
     TokenOracle,
+    frequencies_of,
     make_policy,
     matched_dense_layers,
     published_dense_layers,
@@ -210,3 +212,14 @@ def test_the_stated_cost_is_that_of_the_rule():
 def test_bad_settings_are_refused(make, reason):
     with pytest.raises(ConfigError, match=reason):
         make()
+
+
+def test_renumbering_needs_a_rotary_model_and_leaves_a_covered_context_alone():
+    model, ids = build("llama"), prompt(1, 120)
+    policy = RenumberedStreaming(1024, frequencies_of(model))
+    expected = generated(model, {"input_ids": ids})
+    with IceRuntime.wrap(model, policy=policy, budget=1024, dense_below=0) as runtime:
+        assert torch.equal(expected, generated(model, {"input_ids": ids}))
+        assert runtime.stats().generated_kept == "window"
+    with pytest.raises(UnsupportedModelError, match="rotary frequencies"):
+        frequencies_of(build("gpt2"))
