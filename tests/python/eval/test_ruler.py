@@ -15,7 +15,7 @@ from icecache.eval.ruler import suite as ruler
 from icecache.eval.ruler.fit import largest
 from icecache.eval.ruler.score import match_all, match_any
 from icecache.eval.ruler.suite import OFFLINE, ORDER, SUITE
-from icecache.eval.ruler.words import own_words
+from icecache.eval.ruler.words import installed_words, own_words
 from icecache.eval.task import DataDir
 from solvers import solver
 
@@ -160,3 +160,14 @@ def test_wordings_are_those_of_lm_eval() -> None:
     for module, config in ((common_words, cwe_utils.CONFIG), (frequent_words, fwe_utils.CONFIG)):
         assert config["template"] == module.TASK_LINE + "{context}\n" + module.QUESTION
         assert config["answer_prefix"] == module.PREFIX
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("wonderwords"), reason="wonderwords is not installed")
+def test_with_wonderwords_the_words_are_rulers() -> None:
+    words = installed_words()
+    assert words.source == "wonderwords"
+    assert min(map(len, (words.adjectives, words.nouns))) > 800
+    if importlib.util.find_spec("lm_eval"):
+        from lm_eval.tasks.ruler import cwe_utils
+
+        assert sorted(cwe_utils.WORDS) == list(words.singles)
