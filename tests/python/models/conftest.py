@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import reference_core
 import torch
 from icecache import _core
+from icecache.pages import ahead
 
 CORE_NAMES = ("Pool", "PageStore", "Forest", "Selection", "extend", "search", "select_pages", "all_pages")
 
@@ -14,6 +17,28 @@ CORE_NAMES = ("Pool", "PageStore", "Forest", "Selection", "extend", "search", "s
 def quiet_torch():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Inserts end only when a step waits for them; returns how often that was."""
+    waiting, waits = threading.Semaphore(0), []
+    insert, wait = ahead.insert, ahead._wait_for
+
+    def slow(*arguments):
+        waiting.acquire()
+        insert(*arguments)
+
+    def wait_for(job, *arguments):
+        assert not job.done()
+        waits.append(job)
+        waiting.release()
+        wait(job, *arguments)
+
+    monkeypatch.setattr(ahead, "insert", slow)
+    monkeypatch.setattr(ahead, "_wait_for", wait_for)
+    yield waits
+    waiting.release(1000)
 
 
 @pytest.fixture

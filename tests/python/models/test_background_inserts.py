@@ -63,28 +63,6 @@ class Steps:
         return [forest.digest() for pages in self.pages() for forest in pages.forests]
 
 
-@pytest.fixture
-def late(monkeypatch):
-    """Inserts end only when a step waits for them; returns how often that was."""
-    waiting, waits = threading.Semaphore(0), []
-    insert, wait = ahead.insert, ahead._wait_for
-
-    def slow(*arguments):
-        waiting.acquire()
-        insert(*arguments)
-
-    def wait_for(job, *arguments):
-        assert not job.done()
-        waits.append(job)
-        waiting.release()
-        wait(job, *arguments)
-
-    monkeypatch.setattr(ahead, "insert", slow)
-    monkeypatch.setattr(ahead, "_wait_for", wait_for)
-    yield waits
-    waiting.release(1000)
-
-
 def both(use, **settings):
     """What `use` returns without and with hand-over, and the second runtime's statistics."""
     results = []

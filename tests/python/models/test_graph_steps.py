@@ -75,6 +75,14 @@ def test_tokens_that_leave_the_window_are_found_in_pages():
     assert torch.equal(eager[0], ours[0])
 
 
+@pytest.mark.gpu
+def test_late_inserts_change_no_token(late):
+    use = lambda model, inputs: generate(model, inputs, n_new=60)  # noqa: E731
+    (eager, ours), _ = both_ways("llama", {"input_ids": prompt(2, 120)}, budget=64, use=use)
+    assert torch.equal(eager[0], ours[0])
+    assert len(late) >= 3
+
+
 def test_a_ragged_batch_is_one_step():
     (eager, ours), search = both_ways("llama", left_padded([150, 70, 101]), budget=64)
     assert search.steps > 0
