@@ -46,6 +46,12 @@ def test_a_wrong_argument_is_named(arguments: list[str], complaint: str, capsys:
     assert re.search(complaint, printed.err)
 
 
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "icecache", "dem"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "invalid choice: 'dem'" in done.stderr
+
+
 def test_help_needs_neither_torch_nor_transformers() -> None:
     script = (
         "import sys; from icecache.cli import build_parser; build_parser().format_help();"
