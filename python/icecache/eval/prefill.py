@@ -23,7 +23,7 @@ from icecache.eval.record import ArmStats, Setup, finite
 from icecache.eval.render import Prompt
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.names import cache_argument
-from icecache.policies import Prefill
+from icecache.policies import Prefill, make_policy
 from icecache.runtime import IceRuntime
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 # Policies that read the same pages: they differ in how these are chosen.
 SHARED_PAGES: Final = frozenset({"icecache", "page-oracle", "random"})
-# Policies that want the attention summed over the prompt: a second pass over all logits.
-WANT_ATTENTION: Final = frozenset({"h2o"})
 # Scores of one chunk of an eager prefill: batch x query heads x chunk x context, in float32.
 EAGER_BYTES: Final = 1 << 30
 
@@ -108,10 +106,21 @@ def prefill(
     return Prefilled(prompts, "B" if bare else setup, cache, time.perf_counter() - began)
 
 
-def what_to_note(arms: Sequence[Arm]) -> Prefill | None:
-    """Say what a prefill has to note for these arms; None: pages and dense arms need nothing."""
-    needy = {arm.runs for arm in arms} - SHARED_PAGES - DENSE - {"streaming"}
-    return Prefill(attention=bool(needy & WANT_ATTENTION)) if needy else None
+def what_to_note(arms: Sequence[Arm], base: IceConfig) -> Prefill | None:
+    """Say what a prefill has to note for these arms; None: nothing.
+
+    Parameters
+    ----------
+    arms : sequence of Arm
+        Those that will take the cache over.
+    base : IceConfig
+        Settings all arms share.
+    """
+    policies = [make_policy(arm.runs, arm_config(arm, base)) for arm in arms if arm.policy not in DENSE]
+    needs = [policy.masks.needs for policy in policies if policy.masks is not None]
+    if not any(need.last_queries or need.attention for need in needs):
+        return None
+    return Prefill(max(need.last_queries for need in needs), any(need.attention for need in needs))
 
 
 def plain_copy(cache: Cache, model: PreTrainedModel) -> Cache:

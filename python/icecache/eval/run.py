@@ -205,7 +205,8 @@ class Runner:
                 with attention_kernel(self.model, "eager"):
                     own = prefill_eagerly(self.model, job.prompts, job.setup)
             else:
-                own = shared = shared or prefill(self.model, job.prompts, job.setup, notes=what_to_note(job.arms))
+                notes = what_to_note(job.arms, self.base)
+                own = shared = shared or prefill(self.model, job.prompts, job.setup, notes=notes)
             answers, stats = self._attend(arm, own)
             yield (
                 arm,

@@ -10,7 +10,7 @@ from icecache.config import IceConfig
 from icecache.eval.arms import Arm
 from icecache.eval.needle import load_needle, make_samples, needle_path
 from icecache.eval.needle.runner import as_prompt, ask
-from icecache.eval.prefill import attend, plain_copy, prefill
+from icecache.eval.prefill import attend, plain_copy, prefill, what_to_note
 from icecache.policies import Prefill
 
 RETRIEVAL_TASKS = ("passkey", "kv32", "kv_dense", "kv_rand", "vt3", "gsm", "chase8")
@@ -78,6 +78,17 @@ def test_an_arm_leaves_the_prefill_as_it_was_for_the_next(loaded, policy):
             ask(model, loaded[1], samples, session.cache)
     after = [layer.keys for layer in plain_copy(noted.cache, model).layers]
     assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+def test_a_prefill_notes_what_its_arms_need_and_no_more():
+    def noted(*policies):
+        return what_to_note([Arm(policy, 64) for policy in policies], IceConfig(dense_below=0))
+
+    assert noted("icecache", "random", "streaming") is None
+    assert what_to_note([Arm("full"), Arm("exact"), Arm("no-context")], IceConfig()) is None
+    assert not noted("snapkv", "quest").attention
+    assert noted("snapkv").last_queries >= 32
+    assert noted("icecache", "h2o").attention
 
 
 def test_given_tokens_are_fed_and_not_produced(loaded):

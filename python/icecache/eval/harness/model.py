@@ -181,7 +181,7 @@ class IceHFLM(HFLM):  # type: ignore[misc]
             )
             raise ConfigError(msg)
         layers = dense_layers(self.arm, self.dense, self.model.config.get_text_config().num_hidden_layers)
-        prefilled = prefill(self.model, [prompt], self.setup, notes=what_to_note([self.arm]))
+        prefilled = prefill(self.model, [prompt], self.setup, notes=what_to_note([self.arm], self.base))
         base = replace(self.base, dense_layers=layers)
         (answer,), stats = ask(self.model, self.tokenizer, self.arm, base, prefilled)
         n_prompt = sum(prompt.shape)
