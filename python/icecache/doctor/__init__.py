@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
+_EAGER = "model on the GPU op by op, search on the CPU between kernels, selected pages copied"
 PACKAGES = ("torch", "transformers", "triton", "numpy")
 
 
@@ -130,18 +131,32 @@ def mailbox() -> str:
 
 def mode() -> str:
     """Say what a wrapped model would do here, and why."""
+    import importlib.util
+
     import torch
 
     from icecache import _core
 
     if not torch.cuda.is_available():
         return "everything on the CPU: no CUDA device; pages are gathered in host memory"
-    if not _core.default_workers():
-        return "model on the GPU, search on the CPU between kernels, selected pages copied: too few cores for workers"
-    reason = _core.HostMemory(_core.Pool(1), pin="auto").fallback_reason()
-    if reason is not None:
-        return f"model on the GPU, search between kernels, selected pages copied: memory is not page-locked ({reason})"
-    return "one CUDA graph a token; workers search on the CPU, kernels read pages in place from page-locked memory"
+    if torch.version.hip is not None:
+        return f"{_EAGER}: captured steps are for CUDA devices"
+    if importlib.util.find_spec("triton") is None:
+        return f"{_EAGER}: triton is not installed"
+    memory = _core.HostMemory(_core.Pool(1), pin="auto", device=torch.cuda.current_device())
+    _core.PageStore(128, 128, "bfloat16", memory=memory, slab_bytes=1 << 20).reserve(1 << 20)
+    return captured_mode(_core.default_workers(), memory.fallback_reason())
+
+
+def captured_mode(n_workers: int, pageable: str | None) -> str:
+    """Say who searches for captured steps; `pageable` is why memory is not page-locked, None: it is."""
+    if pageable is not None:
+        return f"{_EAGER}: memory is not page-locked ({pageable})"
+    host = f"{n_workers} workers on the CPU" if n_workers else "nobody: too few cores, steps are run op by op then"
+    return (
+        "one CUDA graph a token; summaries of the pages are searched on the GPU, which reads pages in place from "
+        f'page-locked memory. Where summaries do not fit, and with search="cpu", searched by {host}'
+    )
 
 
 CHECKS: dict[str, Callable[[], str]] = {

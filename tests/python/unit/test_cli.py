@@ -137,6 +137,15 @@ def test_doctor_explains_the_machine(capsys: pytest.CaptureFixture[str]) -> None
     assert "torch" in lines["packages"]
 
 
+def test_doctor_says_who_searches_and_what_stands_in_the_way():
+    from icecache.doctor import captured_mode
+
+    assert "14 workers" in captured_mode(14, None)
+    assert "too few cores" in captured_mode(0, None)
+    assert "op by op" in captured_mode(14, "limit")
+    assert "(limit)" in captured_mode(14, "limit")
+
+
 def test_doctor_fails_when_the_model_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
