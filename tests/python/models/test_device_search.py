@@ -79,6 +79,24 @@ def test_steps_give_the_logits_of_eager_steps_under_a_small_budget(planes):
     assert stats.ms["summaries"] > 0
 
 
+@pytest.mark.parametrize("reuse", [2, pytest.param(3, marks=pytest.mark.gpu)])
+def test_one_search_serves_the_layers_that_share_pages(reuse):
+    """Three layers: one group of two and one of one, or one group."""
+    model, ids, results = build("llama").to(DEVICE), prompt(1, 190).to(DEVICE), []
+    stop = 190 if GPU else 152
+    for on_device in (False, True):
+        with IceRuntime.wrap(model, **SMALL, reuse=reuse) as runtime:
+            search = with_device_search(runtime) if on_device else None
+            logits, _ = steps(runtime, ids, 150, stop)
+            stats = runtime.stats()
+            results.append((logits, (stats.pages_read, stats.attended_mean, stats.attended_max)))
+            if search is not None:
+                assert search.steps == stop - 150
+                assert [len(step.finder.host_table) for step in search._held] == [len(range(0, 3, reuse))]
+    assert close(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
 PIECES = [(1, (120, 121)), (0, (120, 150)), (0, None), (0, (130, 131))]
 """Of two sequences in turn, tokens that are appended; None: 30 are cropped."""
 if GPU:
