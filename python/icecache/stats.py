@@ -55,7 +55,7 @@ class RuntimeStats:
     mass_kept : float
         Mean estimated share of the softmax that the attended tokens hold, over heads, layers and decode steps; NaN
         before the first decode step and for policies that score nothing ("random", "streaming"). Exact for
-        policies that mask.
+        policies that mask. Of layers that share pages (`reuse`), those that search count, and rows that are read whole.
     """
 
     steps: int
