@@ -30,6 +30,7 @@ mod grow;
 mod head;
 mod ids;
 mod layout;
+mod levels;
 #[cfg(all(test, loom))]
 #[path = "../../../tests/rust/loom.rs"]
 mod loom_models;

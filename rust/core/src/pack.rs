@@ -1,9 +1,10 @@
 //! Greedy packing of up to 1024 keys into pages of 16 similar keys.
 //!
-//! Tokens are taken by norm, largest first; each untaken one seeds a page, gathers the 32 untaken keys with the largest
-//! inner product (itself included) and keeps the best 15 after two rounds of ranking them against the mean of the page.
-//! Ties go to the lower position. Raw inner product with norm-ordered seeds was the robust choice of all measured
-//! spaces (cosine, centred, L2 and whitened lose up to 13 points of attention mass on one data set or the other).
+//! Tokens are taken by norm, largest first; each untaken one seeds a page, gathers the 31 untaken keys most like it and
+//! keeps the best 15 after two rounds of ranking them against the mean of the page. Likeness is the inner product, or
+//! the distance, of 7-bit levels (`levels.rs`). Ties go to the lower position. Inner product with norm-ordered seeds was the
+//! robust choice of all measured spaces (cosine, centred, L2 and whitened lose up to 13 points of attention mass on one
+//! data set or the other).
 //!
 //! The fast form scores four seeds per pass over the untaken keys. A later seed of the four may have been taken
 //! meanwhile, then it is skipped; members taken meanwhile are skipped too: the result is that of [`naive`].
@@ -12,43 +13,36 @@
 use std::borrow::Cow;
 
 use crate::config::{PACK_CANDIDATES, PACK_ROUNDS, PAGE_TOKENS};
-use crate::layout::{Dtype, Packing};
-use crate::math::{rank_index, rank_key, rank_value};
+use crate::layout::Packing;
+use crate::levels::Levels;
 use crate::reassign::reassign;
-use crate::simd::{Dots, kernels};
+use crate::simd::BLOCK;
+use crate::simd::levels::{COLUMNS, LEVEL, OFFSET, level_kernels, to_blocks};
 
 /// Seeds scored in one pass: the pass then costs arithmetic, not memory.
 const SEEDS: usize = 4;
+/// Candidates of a seed: the others of a page of them.
+const CANDIDATES: usize = PACK_CANDIDATES - 1;
+/// Likeness of a key that is taken; all others are above [`FLOOR`].
+const TAKEN: i32 = -(1 << 30);
+const FLOOR: i32 = -650_000_000;
 
-/// Packs `n` keys `[n, dim]` as [`pack_by`] does and lets all keys choose once more among the pages.
+/// Packs `n` keys `[n, dim]` as [`pack`] does and lets all keys choose once more among the pages.
 pub(crate) fn pack_pages(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
     if keys.is_empty() {
         return Vec::new();
     }
-    let keys = normalised(keys);
-    let pages = Packer::new(&keys, dim, by).run();
-    reassign(&keys, dim, &pages, by)
+    let levels = Levels::new(keys, dim, by);
+    let pages = Packer::new(&levels).run();
+    reassign(&levels, &pages, by)
 }
 
 /// Packs `n` keys `[n, dim]`; every page but the last has 16 members, ascending. Pages come in the order of their seeds.
-pub(crate) fn pack(keys: &[f32], dim: usize) -> Vec<Vec<u16>> {
-    pack_by(keys, dim, Packing::Product)
-}
-
-/// The same; by distance, keys are gathered by `x . y - y . y / 2` instead of `x . y`.
-pub(crate) fn pack_by(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
+pub(crate) fn pack(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
     if keys.is_empty() {
         return Vec::new();
     }
-    Packer::new(&normalised(keys), dim, by).run()
-}
-
-/// What is subtracted from inner products with each key: half its square where distance counts, else nothing.
-pub(crate) fn halves(keys: &[f32], dim: usize, by: Packing) -> Vec<f32> {
-    match by {
-        Packing::Product => Vec::new(),
-        Packing::Distance => keys.chunks_exact(dim).map(|row| 0.5 * one_dot(row, row)).collect(),
-    }
+    Packer::new(&Levels::new(keys, dim, by)).run()
 }
 
 /// Keys times a power of two, so that norms and sums neither overflow nor vanish; unchanged for ordinary keys.
@@ -63,59 +57,65 @@ pub(crate) fn normalised(keys: &[f32]) -> Cow<'_, [f32]> {
     keys.iter().map(|x| x * half * half).collect()
 }
 
-/// Tokens by squared norm, largest first.
-pub(crate) fn seed_order(keys: &[f32], dim: usize) -> Vec<u16> {
-    let mut order: Vec<u64> =
-        keys.chunks_exact(dim).enumerate().map(|(i, row)| rank_key(one_dot(row, row), i as u32)).collect();
-    order.sort_unstable_by(|a, b| b.cmp(a));
-    order.into_iter().map(|key| rank_index(key) as u16).collect()
+/// Tokens by length, largest first.
+fn seed_order(levels: &Levels) -> Vec<u16> {
+    let mut order: Vec<(i64, u16)> = levels.lengths.iter().zip(0..).map(|(&length, i)| (-length, i)).collect();
+    order.sort_unstable();
+    order.into_iter().map(|(_, i)| i).collect()
 }
 
-fn one_dot(row: &[f32], query: &[f32]) -> f32 {
-    let mut out = [0.0];
-    products(row, query.len(), query, 1, &mut out);
-    out[0]
+/// Sorts by a likeness descending, then by an index ascending, when sorted in descending order.
+fn rank(likeness: i32, index: u16) -> u64 {
+    (u64::from(likeness.cast_unsigned() ^ 1 << 31) << 32) | u64::from(!index)
 }
 
-fn products(rows: &[f32], dim: usize, queries: &[f32], stride: usize, out: &mut [f32]) {
-    (kernels().dots)(Dots { dtype: Dtype::F32, rows: bytemuck::cast_slice(rows), dim, queries }, stride, out);
+fn ranked(rank: u64) -> u16 {
+    !(rank as u16)
 }
 
 struct Packer<'a> {
-    dim: usize,
-    keys: &'a [f32],
-    /// See [`halves`].
-    halves: Vec<f32>,
+    levels: &'a Levels,
     taken: Vec<bool>,
     /// Untaken tokens, and some taken ones not yet swept out.
     live: Vec<u16>,
-    /// Rows of `live`.
-    rows: Vec<f32>,
+    /// Where a token stands in `live`.
+    place: Vec<u16>,
     n_dead: usize,
-    products: Vec<f32>,
+    /// Levels of `live` in blocks of 16.
+    blocks: Vec<i8>,
+    /// What products with unsigned queries start from; [`TAKEN`] instead of `own` for taken tokens and lanes without one.
+    bias: Vec<i32>,
+    /// `[seeds, lanes]`.
+    scores: Vec<i32>,
+    found: Vec<u16>,
     ranks: Vec<u64>,
-    candidate_rows: Vec<f32>,
+    sums: Vec<i16>,
+    query: Vec<u8>,
 }
 
 impl<'a> Packer<'a> {
-    fn new(keys: &'a [f32], dim: usize, by: Packing) -> Self {
-        let n = keys.len() / dim;
-        Self {
-            dim,
-            rows: keys.to_vec(),
-            halves: halves(keys, dim, by),
-            keys,
+    fn new(levels: &'a Levels) -> Self {
+        let n = levels.n();
+        let mut packer = Self {
+            levels,
             taken: vec![false; n],
             live: (0..n as u16).collect(),
+            place: vec![0; n],
             n_dead: 0,
-            products: vec![0.0; SEEDS * n],
-            ranks: Vec::with_capacity(4 * PACK_CANDIDATES),
-            candidate_rows: Vec::new(),
-        }
+            blocks: Vec::new(),
+            bias: Vec::new(),
+            scores: vec![0; SEEDS * n.next_multiple_of(BLOCK)],
+            found: Vec::with_capacity(n),
+            ranks: Vec::with_capacity(n),
+            sums: vec![0; levels.width],
+            query: Vec::with_capacity(levels.width),
+        };
+        packer.lay_out();
+        packer
     }
 
     fn run(mut self) -> Vec<Vec<u16>> {
-        let mut order = seed_order(self.keys, self.dim).into_iter();
+        let mut order = seed_order(self.levels).into_iter();
         let mut pages = Vec::with_capacity(self.taken.len().div_ceil(PAGE_TOKENS));
         let (mut seeds, mut queries) = (Vec::new(), Vec::new());
         loop {
@@ -124,111 +124,113 @@ impl<'a> Packer<'a> {
             if seeds.is_empty() {
                 return pages;
             }
-            self.sweep();
+            // A third of the lanes in vain costs as much as to lay out the others again.
+            if self.n_dead * 3 > self.live.len() {
+                self.live.retain(|&i| !self.taken[i as usize]);
+                self.lay_out();
+            }
             queries.clear();
             for &seed in &seeds {
-                queries.extend_from_slice(&self.keys[seed as usize * self.dim..][..self.dim]);
+                self.levels.push_query(seed, &mut queries);
             }
-            products(&self.rows, self.dim, &queries, self.live.len(), &mut self.products);
-            if !self.halves.is_empty() {
-                for products in self.products.chunks_exact_mut(self.live.len()).take(seeds.len()) {
-                    for (product, &i) in products.iter_mut().zip(&self.live) {
-                        *product -= self.halves[i as usize];
-                    }
-                }
-            }
+            (level_kernels().sums)(&self.blocks, &queries, self.levels.width, &self.bias, &mut self.scores);
             for (s, &seed) in seeds.iter().enumerate() {
                 if !self.taken[seed as usize] {
-                    pages.push(self.page(s, seed));
+                    pages.push(self.page(s, seeds.len(), seed));
                 }
             }
         }
     }
 
-    /// Drops taken rows once they are a fifth of all.
-    fn sweep(&mut self) {
-        if self.n_dead * 5 < self.live.len() {
-            return;
+    /// Lays the live tokens out in blocks.
+    fn lay_out(&mut self) {
+        let levels = self.levels;
+        to_blocks(self.live.iter().map(|&i| levels.row(i)), levels.width, &mut self.blocks);
+        self.bias.clear();
+        self.bias.extend(self.live.iter().map(|&i| levels.own[i as usize] - levels.excess[i as usize]));
+        self.bias.resize(self.live.len().next_multiple_of(BLOCK), TAKEN);
+        for (&i, place) in self.live.iter().zip(0..) {
+            self.place[i as usize] = place;
         }
-        let mut kept = 0;
-        for i in 0..self.live.len() {
-            let token = self.live[i];
-            if !self.taken[token as usize] {
-                self.live[kept] = token;
-                self.rows.copy_within(i * self.dim..(i + 1) * self.dim, kept * self.dim);
-                kept += 1;
-            }
-        }
-        self.live.truncate(kept);
-        self.rows.truncate(kept * self.dim);
         self.n_dead = 0;
     }
 
-    /// The page of one seed, given its products with `live`.
-    fn page(&mut self, s: usize, seed: u16) -> Vec<u16> {
-        let scores = &self.products[s * self.live.len()..][..self.live.len()];
-        self.ranks.clear();
-        // Ranks at or below the floor are beaten by enough others; nearly all keys are, so most cost one comparison.
-        let (mut floor, mut least) = (0, f32::NEG_INFINITY);
-        for (&i, &score) in self.live.iter().zip(scores) {
-            if score < least {
-                continue;
-            }
-            let rank = rank_key(score, u32::from(i));
-            if rank > floor && i != seed && !self.taken[i as usize] {
-                self.ranks.push(rank);
-                if self.ranks.len() == 4 * PACK_CANDIDATES {
-                    self.ranks.select_nth_unstable_by(PACK_CANDIDATES - 2, |a, b| b.cmp(a));
-                    self.ranks.truncate(PACK_CANDIDATES - 1);
-                    floor = self.ranks[PACK_CANDIDATES - 2];
-                    least = rank_value(floor);
-                }
-            }
+    /// Takes a token: no seed from the `s`-th of this pass on finds it.
+    fn take(&mut self, token: u16, s: usize, n_seeds: usize) {
+        let (place, lanes) = (self.place[token as usize] as usize, self.bias.len());
+        self.taken[token as usize] = true;
+        self.n_dead += 1;
+        self.bias[place] = TAKEN - self.levels.excess[token as usize];
+        for s in s..n_seeds {
+            self.scores[s * lanes + place] = TAKEN;
         }
-        best(&mut self.ranks, PACK_CANDIDATES - 1);
-        let candidates: Vec<u16> = self.ranks.iter().map(|&key| rank_index(key) as u16).collect();
+    }
+
+    /// The page of the `s`-th seed of a pass of `n_seeds`.
+    fn page(&mut self, s: usize, n_seeds: usize, seed: u16) -> Vec<u16> {
+        self.take(seed, s, n_seeds);
+        self.candidates(s);
         let mut page: Vec<u16> =
-            std::iter::once(seed).chain(candidates.iter().copied().take(PAGE_TOKENS - 1)).collect();
-        if candidates.len() >= PAGE_TOKENS {
-            self.refine(&candidates, &mut page);
+            std::iter::once(seed).chain(self.ranks.iter().take(PAGE_TOKENS - 1).map(|&rank| ranked(rank))).collect();
+        if self.ranks.len() >= PAGE_TOKENS {
+            self.refine(&mut page);
+        }
+        for &i in &page[1..] {
+            self.take(i, s + 1, n_seeds);
         }
         page.sort_unstable();
-        for &i in &page {
-            self.taken[i as usize] = true;
-        }
-        self.n_dead += page.len();
         page
     }
 
+    /// Ranks of the untaken tokens most like the `s`-th seed, best first.
+    fn candidates(&mut self, s: usize) {
+        let lanes = self.bias.len();
+        let scores = &self.scores[s * lanes..][..lanes];
+        // Of 64 columns the 31 best hold a token each that is no better than its column: none below the 31st of them counts.
+        let mut columns = [0; COLUMNS];
+        (level_kernels().columns)(scores, &mut columns);
+        let (_, bar, _) = columns.select_nth_unstable_by(CANDIDATES - 1, |a, b| b.cmp(a));
+        self.found.clear();
+        (level_kernels().at_least)(scores, (*bar).max(FLOOR), &mut self.found);
+        self.ranks.clear();
+        self.ranks.extend(self.found.iter().map(|&i| rank(scores[i as usize], self.live[i as usize])));
+        best(&mut self.ranks, CANDIDATES);
+    }
+
     /// Ranks the candidates against the mean of the page, twice.
-    fn refine(&mut self, candidates: &[u16], page: &mut Vec<u16>) {
-        let dim = self.dim;
-        self.candidate_rows.clear();
-        for &i in candidates {
-            self.candidate_rows.extend_from_slice(&self.keys[i as usize * dim..][..dim]);
-        }
-        let mut scores = [0.0; PACK_CANDIDATES];
+    fn refine(&mut self, page: &mut Vec<u16>) {
+        let mut scores = [0; CANDIDATES];
+        self.found.clear();
+        self.found.extend(self.ranks.iter().map(|&rank| ranked(rank)));
         for _ in 0..PACK_ROUNDS {
-            let mut mean = vec![0.0_f32; dim];
+            self.sums.fill(0);
             for &i in page.iter() {
-                for (m, x) in mean.iter_mut().zip(&self.keys[i as usize * dim..][..dim]) {
-                    *m += x;
-                }
+                (level_kernels().add_levels)(&mut self.sums, self.levels.row(i));
             }
-            products(&self.candidate_rows, dim, &mean, PACK_CANDIDATES, &mut scores);
-            if !self.halves.is_empty() {
-                // `mean` is the sum of the page.
-                for (score, &i) in scores.iter_mut().zip(candidates) {
-                    *score -= page.len() as f32 * self.halves[i as usize];
-                }
-            }
+            let factor = unsigned_levels(&self.sums, &mut self.query);
+            (level_kernels().picked)(&self.levels.rows, &self.found, &self.query, &mut scores);
+            // The sum of the page counts each member's products, and `own` once for each.
+            let weight = f64::from(factor) * page.len() as f64;
+            let levels = self.levels;
             self.ranks.clear();
-            self.ranks.extend(candidates.iter().zip(scores).map(|(&i, score)| rank_key(score, u32::from(i))));
+            self.ranks.extend(self.found.iter().zip(scores).map(|(&i, product)| {
+                let product = product - levels.excess[i as usize];
+                rank(product + (weight * f64::from(levels.own[i as usize])) as i32, i)
+            }));
             best(&mut self.ranks, PAGE_TOKENS - 1);
             page.truncate(1);
-            page.extend(self.ranks.iter().map(|&key| rank_index(key) as u16));
+            page.extend(self.ranks.iter().map(|&rank| ranked(rank)));
         }
     }
+}
+
+/// Sums of levels as an unsigned query of full range; returns what they were multiplied by.
+fn unsigned_levels(sums: &[i16], query: &mut Vec<u8>) -> f32 {
+    let most = sums.iter().fold(0, |most: i16, sum| most.max(sum.abs()));
+    let factor = LEVEL / f32::from(most.max(1));
+    query.clear();
+    query.extend(sums.iter().map(|&sum| ((f32::from(sum) * factor).round() as i8 + OFFSET).cast_unsigned()));
+    factor
 }
 
 /// Keeps the `n` largest, largest first.
@@ -239,37 +241,34 @@ fn best(ranks: &mut Vec<u64>, n: usize) {
 
 /// The specification: one seed at a time over all untaken keys.
 #[cfg(test)]
-fn naive(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
-    let halves = halves(keys, dim, by);
-    let row = |i: u16| &keys[i as usize * dim..][..dim];
-    let rank = |query: &[f32], weight: f32, among: Vec<u16>, n: usize| -> Vec<u16> {
-        let half = |i: u16| halves.get(i as usize).map_or(0.0, |half| weight * half);
-        let mut keys: Vec<u64> =
-            among.iter().map(|&i| rank_key(one_dot(row(i), query) - half(i), u32::from(i))).collect();
-        keys.sort_unstable_by(|a, b| b.cmp(a));
-        keys.truncate(n);
-        keys.into_iter().map(|key| rank_index(key) as u16).collect()
+fn naive(levels: &Levels) -> Vec<Vec<u16>> {
+    let product = |i: u16, query: &[u8]| {
+        levels.row(i).iter().zip(query).map(|(&x, &y)| i32::from(x) * (i32::from(y) - i32::from(OFFSET))).sum::<i32>()
     };
-    let mut taken = vec![false; keys.len() / dim];
+    let best = |query: &[u8], weight: f64, among: &[u16], n: usize| -> Vec<u16> {
+        let own = |i: u16| (weight * f64::from(levels.own[i as usize])) as i32;
+        let mut order: Vec<(i32, u16)> = among.iter().map(|&i| (-(product(i, query) + own(i)), i)).collect();
+        order.sort_unstable();
+        order.into_iter().take(n).map(|(_, i)| i).collect()
+    };
+    let mut taken = vec![false; levels.n()];
     let mut pages = Vec::new();
-    for seed in seed_order(keys, dim) {
+    for seed in seed_order(levels) {
         if taken[seed as usize] {
             continue;
         }
-        let others = (0..taken.len() as u16).filter(|&i| i != seed && !taken[i as usize]).collect();
-        let candidates = rank(row(seed), 1.0, others, PACK_CANDIDATES - 1);
+        let others: Vec<u16> = (0..levels.n() as u16).filter(|&i| i != seed && !taken[i as usize]).collect();
+        let mut query = Vec::new();
+        levels.push_query(seed, &mut query);
+        let candidates = best(&query, 1.0, &others, CANDIDATES);
         let mut page: Vec<u16> =
             std::iter::once(seed).chain(candidates.iter().copied().take(PAGE_TOKENS - 1)).collect();
         for _ in 0..PACK_ROUNDS {
-            let mut mean = vec![0.0_f32; dim];
-            for &i in &page {
-                for (m, x) in mean.iter_mut().zip(row(i)) {
-                    *m += x;
-                }
-            }
-            let weight = page.len() as f32;
+            let sum = |d: usize| page.iter().map(|&i| i16::from(levels.row(i)[d])).sum::<i16>();
+            let factor = unsigned_levels(&(0..levels.width).map(sum).collect::<Vec<i16>>(), &mut query);
+            let weight = f64::from(factor) * page.len() as f64;
             page.truncate(1);
-            page.extend(rank(&mean, weight, candidates.clone(), PAGE_TOKENS - 1));
+            page.extend(best(&query, weight, &candidates, PAGE_TOKENS - 1));
         }
         page.sort_unstable();
         for &i in &page {
@@ -282,8 +281,9 @@ fn naive(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::{naive, normalised, pack, pack_by};
+    use super::{naive, normalised, pack};
     use crate::layout::Packing;
+    use crate::levels::Levels;
 
     pub(crate) fn noise(n: usize, seed: u64) -> Vec<f32> {
         let mut state = seed;
@@ -300,7 +300,8 @@ pub(crate) mod tests {
             let mut keys = noise(n * dim, seed);
             let agree = |keys: &[f32], what: &str| {
                 for by in [Packing::Product, Packing::Distance] {
-                    assert_eq!(pack_by(keys, dim, by), naive(keys, dim, by), "{n} {what} of dim {dim}, {by:?}");
+                    let naive = naive(&Levels::new(keys, dim, by));
+                    assert_eq!(pack(keys, dim, by), naive, "{n} {what} of dim {dim}, {by:?}");
                 }
             };
             agree(&keys, "keys");
@@ -318,7 +319,7 @@ pub(crate) mod tests {
     fn every_page_but_the_last_is_full_and_every_key_is_in_one_page() {
         for scale in [1e-42, 1e-30, 1.0, 1e30, 3e38] {
             let keys: Vec<f32> = noise(333 * 8, 9).iter().map(|x| x / 2.0 * scale).collect();
-            let pages = pack(&keys, 8);
+            let pages = pack(&keys, 8, Packing::Product);
             assert!(pages[..pages.len() - 1].iter().all(|page| page.len() == 16), "scale {scale}");
             let mut all: Vec<u16> = pages.concat();
             all.sort_unstable();
@@ -330,7 +331,7 @@ pub(crate) mod tests {
     fn huge_keys_are_packed_like_ordinary_ones_of_the_same_shape() {
         let keys = noise(100 * 8, 10);
         let huge: Vec<f32> = keys.iter().map(|x| x * 2.0_f32.powi(100)).collect();
-        assert_eq!(pack(&huge, 8), pack(&keys, 8));
+        assert_eq!(pack(&huge, 8, Packing::Product), pack(&keys, 8, Packing::Product));
         assert!(normalised(&huge).iter().all(|x| x.abs() < 1e3));
     }
 }

@@ -9,7 +9,7 @@ use crate::arena::Lease;
 use crate::config::{GROUP_PAGES, PAGE_TOKENS};
 use crate::groups::GroupSummary;
 use crate::layout::{Packing, PageLayout};
-use crate::pack::{pack_by, pack_pages};
+use crate::pack::{pack, pack_pages};
 use crate::page::{Row, SealedPages};
 use crate::rows::decode;
 use crate::simd::BLOCK;
@@ -138,7 +138,7 @@ fn group_pages(mut packing: Vec<Vec<u16>>, keys: &[f32], dim: usize, by: Packing
     let short = packing.split_off(n_full);
     let mean = |page: &Vec<u16>| mean_of(page.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
     let means: Vec<f32> = packing.iter().flat_map(mean).collect();
-    let order = pack_by(&means, dim, by);
+    let order = pack(&means, dim, by);
     order.into_iter().flatten().map(|page| std::mem::take(&mut packing[page as usize])).chain(short).collect()
 }
 

@@ -3,7 +3,7 @@
 
 use crate::arena::Lease;
 use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS};
-use crate::layout::{Dtype, PageLayout};
+use crate::layout::{Dtype, Packing, PageLayout};
 use crate::math::{dots, rank_index, rank_key};
 use crate::pack::pack;
 use crate::page::{OpenPage, Row};
@@ -79,7 +79,7 @@ pub(crate) fn pack_tail(mut lease: Lease, rows: &[(u32, Row<'_>)]) -> Vec<TailEn
             decode(layout.dtype, row.key, key);
         }
         let fill = |members: Vec<u16>| open(lease.take(1), members.into_iter().map(|i| rows[i as usize]));
-        entries.extend(pack(&keys, layout.key_dim).into_iter().map(fill));
+        entries.extend(pack(&keys, layout.key_dim, Packing::Product).into_iter().map(fill));
     }
     entries
 }

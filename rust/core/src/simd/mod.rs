@@ -15,6 +15,7 @@ pub(crate) mod code4;
 pub(crate) mod gather;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod int8;
+pub(crate) mod levels;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
