@@ -1,4 +1,4 @@
-//! What packing costs: nanoseconds a key of a bulk build and of extensions by 16 tokens, one thread, float32 and bfloat16,
+//! What packing costs: nanoseconds a key of a bulk build and of extensions by 16 tokens, one thread, float32, float16 and bfloat16,
 //! and the attention mass that 16 pages of the result capture. One JSON line each.
 //!
 //! `cargo run --release -p icecache-core --features bench --example build [ROUNDS [SIZE | FILE_PREFIX]...]`
@@ -41,6 +41,7 @@ fn data(name: &str) -> keys::Data {
 
 fn bytes(dtype: Dtype, keys: &[f32]) -> Vec<u8> {
     match dtype {
+        Dtype::F16 => keys.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect(),
         Dtype::Bf16 => keys.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect(),
         _ => keys.iter().flat_map(|x| x.to_le_bytes()).collect(),
     }
@@ -95,7 +96,7 @@ fn main() {
     for name in names {
         let data = data(&name);
         let n = data.keys.len() / DIM;
-        for dtype in [Dtype::F32, Dtype::Bf16] {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
             let rows = bytes(dtype, &data.keys);
             let step = rows.len() / n * STEP * STEPS;
             let (mut best, mut extend_ns, mut masses) = (f64::INFINITY, f64::INFINITY, [0.0; 2]);

@@ -7,7 +7,8 @@
 #![forbid(unsafe_code)]
 
 use crate::config::{GROUP_PAGES, SEGMENT_GROUPS};
-use crate::segment::{mean_of, quantise};
+use crate::segment::quantise;
+use crate::simd::levels::level_kernels;
 use crate::simd::{BLOCK, kernels};
 use crate::state::SegmentEntry;
 use crate::sync::Arc;
@@ -30,7 +31,8 @@ impl GroupSummary {
 
     fn new(keys: &[f32], dim: usize, members: &[u16]) -> Self {
         let row = |&i: &u16| &keys[i as usize * dim..][..dim];
-        let mean = mean_of(members.iter().map(row), dim);
+        let mut mean = vec![0.0_f32; dim];
+        (level_kernels().mean)(keys, members, &mut mean);
         let mut variance = vec![0.0_f32; dim];
         let share = 1.0 / members.len() as f32;
         for key in members.iter().map(row) {

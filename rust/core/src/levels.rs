@@ -5,14 +5,16 @@
 //! need not spend their range on what all keys share. All of it is integers: exact, and the same on every machine.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
+
 use crate::layout::Dtype;
 use crate::layout::Packing;
-use crate::pack::normalised;
+use crate::pack::{is_ordinary, normalised};
 use crate::simd::levels::{LEVEL, OFFSET, STRIDE, level_kernels};
 use crate::simd::{Dots, kernels};
 
 /// Bound of [`Levels::own`]: likenesses stay below 2^30 for any dim.
-const MOST: f64 = (1 << 28) as f64;
+pub(crate) const MOST: f64 = (1 << 28) as f64;
 /// A spread below this is none: its inverse would not be finite.
 const LEAST_SPREAD: f32 = 1e-30;
 
@@ -28,15 +30,19 @@ pub(crate) struct Levels {
     /// What unsigned queries add to the products of each row: 64 times the sum of its levels.
     pub(crate) excess: Vec<i32>,
     /// Squared length of each key less that of the mean, in squared levels; by distance, squared length around the mean.
-    pub(crate) lengths: Vec<i64>,
+    pub(crate) lengths: Vec<i32>,
 }
 
 impl Levels {
     /// Levels of keys `[n, dim]`, at least one.
     pub(crate) fn new(keys: &[f32], dim: usize, by: Packing) -> Self {
-        let keys = &*normalised(keys);
         let n = keys.len() / dim;
-        let (mean, spread) = extent(keys, dim);
+        let (mut mean, mut spread, largest) = extent(keys, dim);
+        let keys = if is_ordinary(largest) { Cow::Borrowed(keys) } else { normalised(keys) };
+        let keys = &*keys;
+        if !is_ordinary(largest) {
+            (mean, spread, _) = extent(keys, dim);
+        }
         let inverse = if spread > LEAST_SPREAD { LEVEL / spread } else { 0.0 };
         let width = dim.next_multiple_of(STRIDE);
         let mut levels =
@@ -49,7 +55,7 @@ impl Levels {
             let (sum, square) = (level_kernels().quantise)(row, &mean, inverse, &mut out[..dim]);
             levels.excess[i] = i32::from(OFFSET) * sum;
             levels.own[i] = offsets.get(i).copied().unwrap_or(-square / 2);
-            levels.lengths[i] = i64::from(square) + offsets.get(i).map_or(0, |own| 2 * i64::from(*own));
+            levels.lengths[i] = square + offsets.get(i).map_or(0, |own| 2 * own);
         }
         levels
     }
@@ -68,15 +74,16 @@ impl Levels {
     }
 }
 
-/// Mean of all keys, and the largest distance of any element from its mean.
-fn extent(keys: &[f32], dim: usize) -> (Vec<f32>, f32) {
+/// Mean of all keys, the largest distance of any element from its mean, the largest element.
+fn extent(keys: &[f32], dim: usize) -> (Vec<f32>, f32, f32) {
     let (mut mean, mut low, mut high) = (vec![0.0; dim], vec![f32::INFINITY; dim], vec![f32::NEG_INFINITY; dim]);
     let share = 1.0 / (keys.len() / dim) as f32;
     for row in keys.chunks_exact(dim) {
         (level_kernels().extent)(row, share, &mut mean, &mut low, &mut high);
     }
     let spread = mean.iter().zip(low.iter().zip(&high)).fold(0.0, |most: f32, (m, (l, h))| most.max(m - l).max(h - m));
-    (mean, spread)
+    let largest = low.iter().chain(&high).fold(0.0, |most: f32, x| most.max(x.abs()));
+    (mean, spread, largest)
 }
 
 /// `(key - mean) . mean` of each key in squared levels.

@@ -14,7 +14,7 @@ use std::borrow::Cow;
 
 use crate::config::{PACK_CANDIDATES, PACK_ROUNDS, PAGE_TOKENS};
 use crate::layout::Packing;
-use crate::levels::Levels;
+use crate::levels::{Levels, MOST};
 use crate::reassign::reassign;
 use crate::simd::BLOCK;
 use crate::simd::levels::{COLUMNS, LEVEL, OFFSET, level_kernels, to_blocks};
@@ -23,6 +23,8 @@ use crate::simd::levels::{COLUMNS, LEVEL, OFFSET, level_kernels, to_blocks};
 const SEEDS: usize = 4;
 /// Candidates of a seed: the others of a page of them.
 const CANDIDATES: usize = PACK_CANDIDATES - 1;
+/// How many more than needed a first cut may leave.
+const SLACK: usize = 8;
 /// Likeness of a key that is taken; all others are above [`FLOOR`].
 const TAKEN: i32 = -(1 << 30);
 const FLOOR: i32 = -650_000_000;
@@ -48,8 +50,7 @@ pub(crate) fn pack(keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
 /// Keys times a power of two, so that norms and sums neither overflow nor vanish; unchanged for ordinary keys.
 pub(crate) fn normalised(keys: &[f32]) -> Cow<'_, [f32]> {
     let max = keys.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
-    let ordinary = (1e-10..1e10).contains(&max) || max == 0.0;
-    if ordinary {
+    if is_ordinary(max) {
         return Cow::Borrowed(keys);
     }
     // Two exact steps, because 2^-127 and 2^149 are not both normal numbers.
@@ -57,20 +58,18 @@ pub(crate) fn normalised(keys: &[f32]) -> Cow<'_, [f32]> {
     keys.iter().map(|x| x * half * half).collect()
 }
 
+/// Whether products of keys with this largest element are ordinary numbers.
+pub(crate) fn is_ordinary(largest: f32) -> bool {
+    (1e-10..1e10).contains(&largest) || largest == 0.0
+}
+
 /// Tokens by length, largest first.
 fn seed_order(levels: &Levels) -> Vec<u16> {
-    let mut order: Vec<(i64, u16)> = levels.lengths.iter().zip(0..).map(|(&length, i)| (-length, i)).collect();
-    order.sort_unstable();
-    order.into_iter().map(|(_, i)| i).collect()
-}
-
-/// Sorts by a likeness descending, then by an index ascending, when sorted in descending order.
-fn rank(likeness: i32, index: u16) -> u64 {
-    (u64::from(likeness.cast_unsigned() ^ 1 << 31) << 32) | u64::from(!index)
-}
-
-fn ranked(rank: u64) -> u16 {
-    !(rank as u16)
+    // The complement of the index below: equal lengths in ascending order.
+    let rank = |(&length, i): (&i32, u16)| (i64::from(length) << 16) | i64::from(!i);
+    let mut order: Vec<i64> = levels.lengths.iter().zip(0..).map(rank).collect();
+    order.sort_unstable_by(|a, b| b.cmp(a));
+    order.into_iter().map(|rank| !(rank as u16)).collect()
 }
 
 struct Packer<'a> {
@@ -88,8 +87,10 @@ struct Packer<'a> {
     /// `[seeds, lanes]`.
     scores: Vec<i32>,
     found: Vec<u16>,
-    ranks: Vec<u64>,
+    likeness: Vec<i32>,
+    chosen: Vec<u16>,
     sums: Vec<i16>,
+    own_levels: Vec<i8>,
     query: Vec<u8>,
 }
 
@@ -106,8 +107,10 @@ impl<'a> Packer<'a> {
             bias: Vec::new(),
             scores: vec![0; SEEDS * n.next_multiple_of(BLOCK)],
             found: Vec::with_capacity(n),
-            ranks: Vec::with_capacity(n),
+            likeness: Vec::with_capacity(n),
+            chosen: Vec::with_capacity(n),
             sums: vec![0; levels.width],
+            own_levels: vec![0; levels.width],
             query: Vec::with_capacity(levels.width),
         };
         packer.lay_out();
@@ -124,8 +127,8 @@ impl<'a> Packer<'a> {
             if seeds.is_empty() {
                 return pages;
             }
-            // A third of the lanes in vain costs as much as to lay out the others again.
-            if self.n_dead * 3 > self.live.len() {
+            // Half of the lanes in vain costs as much as to lay out the others again.
+            if self.n_dead * 2 > self.live.len() {
                 self.live.retain(|&i| !self.taken[i as usize]);
                 self.lay_out();
             }
@@ -170,9 +173,10 @@ impl<'a> Packer<'a> {
     fn page(&mut self, s: usize, n_seeds: usize, seed: u16) -> Vec<u16> {
         self.take(seed, s, n_seeds);
         self.candidates(s);
-        let mut page: Vec<u16> =
-            std::iter::once(seed).chain(self.ranks.iter().take(PAGE_TOKENS - 1).map(|&rank| ranked(rank))).collect();
-        if self.ranks.len() >= PAGE_TOKENS {
+        let mut page = Vec::with_capacity(PAGE_TOKENS);
+        page.push(seed);
+        self.choose(&mut page);
+        if self.found.len() >= PAGE_TOKENS {
             self.refine(&mut page);
         }
         for &i in &page[1..] {
@@ -182,61 +186,86 @@ impl<'a> Packer<'a> {
         page
     }
 
-    /// Ranks of the untaken tokens most like the `s`-th seed, best first.
+    /// Finds the untaken tokens most like the `s`-th seed, ascending, and their likeness.
     fn candidates(&mut self, s: usize) {
         let lanes = self.bias.len();
         let scores = &self.scores[s * lanes..][..lanes];
         // Of 64 columns the 31 best hold a token each that is no better than its column: none below the 31st of them counts.
         let mut columns = [0; COLUMNS];
         (level_kernels().columns)(scores, &mut columns);
-        let (_, bar, _) = columns.select_nth_unstable_by(CANDIDATES - 1, |a, b| b.cmp(a));
+        let bar = (level_kernels().bar)(&columns, CANDIDATES, SLACK, FLOOR);
         self.found.clear();
-        (level_kernels().at_least)(scores, (*bar).max(FLOOR), &mut self.found);
-        self.ranks.clear();
-        self.ranks.extend(self.found.iter().map(|&i| rank(scores[i as usize], self.live[i as usize])));
-        best(&mut self.ranks, CANDIDATES);
+        (level_kernels().at_least)(scores, bar, &mut self.found);
+        self.likeness.clear();
+        self.likeness.extend(self.found.iter().map(|&i| scores[i as usize]));
+        for place in &mut self.found {
+            *place = self.live[*place as usize];
+        }
+        keep(&mut self.found, &mut self.likeness, CANDIDATES);
     }
 
-    /// Ranks the candidates against the mean of the page, twice.
+    /// Adds those found that are most like the page.
+    fn choose(&mut self, page: &mut Vec<u16>) {
+        self.chosen.clone_from(&self.found);
+        keep(&mut self.chosen, &mut self.likeness, PAGE_TOKENS - 1);
+        page.truncate(1);
+        page.extend_from_slice(&self.chosen);
+    }
+
+    /// Ranks the candidates found against the mean of the page, twice.
     fn refine(&mut self, page: &mut Vec<u16>) {
-        let mut scores = [0; CANDIDATES];
-        self.found.clear();
-        self.found.extend(self.ranks.iter().map(|&rank| ranked(rank)));
         for _ in 0..PACK_ROUNDS {
             self.sums.fill(0);
             for &i in page.iter() {
                 (level_kernels().add_levels)(&mut self.sums, self.levels.row(i));
             }
-            let factor = unsigned_levels(&self.sums, &mut self.query);
-            (level_kernels().picked)(&self.levels.rows, &self.found, &self.query, &mut scores);
+            let factor = unsigned_levels(&self.sums, &mut self.own_levels, &mut self.query);
+            self.likeness.clear();
+            self.likeness.resize(self.found.len(), 0);
+            (level_kernels().picked)(&self.levels.rows, &self.found, &self.query, &mut self.likeness);
             // The sum of the page counts each member's products, and `own` once for each.
             let weight = f64::from(factor) * page.len() as f64;
-            let levels = self.levels;
-            self.ranks.clear();
-            self.ranks.extend(self.found.iter().zip(scores).map(|(&i, product)| {
-                let product = product - levels.excess[i as usize];
-                rank(product + (weight * f64::from(levels.own[i as usize])) as i32, i)
-            }));
-            best(&mut self.ranks, PAGE_TOKENS - 1);
-            page.truncate(1);
-            page.extend(self.ranks.iter().map(|&rank| ranked(rank)));
+            for (likeness, &i) in self.likeness.iter_mut().zip(&self.found) {
+                *likeness += weighted(weight, self.levels.own[i as usize]) - self.levels.excess[i as usize];
+            }
+            self.choose(page);
         }
     }
 }
 
-/// Sums of levels as an unsigned query of full range; returns what they were multiplied by.
-fn unsigned_levels(sums: &[i16], query: &mut Vec<u8>) -> f32 {
-    let most = sums.iter().fold(0, |most: i16, sum| most.max(sum.abs()));
-    let factor = LEVEL / f32::from(most.max(1));
-    query.clear();
-    query.extend(sums.iter().map(|&sum| ((f32::from(sum) * factor).round() as i8 + OFFSET).cast_unsigned()));
-    factor
+/// `own` so many times, within bounds that keep likenesses below 2^30.
+fn weighted(weight: f64, own: i32) -> i32 {
+    (weight * f64::from(own)).clamp(-MOST, MOST) as i32
 }
 
-/// Keeps the `n` largest, largest first.
-fn best(ranks: &mut Vec<u64>, n: usize) {
-    crate::search::top_keys(ranks, n);
-    ranks.sort_unstable_by(|a, b| b.cmp(a));
+/// Keeps the `n` tokens of the largest likeness, the first of equals; the order stays.
+fn keep(tokens: &mut Vec<u16>, likeness: &mut Vec<i32>, n: usize) {
+    if tokens.len() <= n {
+        return;
+    }
+    let floor = likeness.iter().fold(i32::MAX, |least, &x| least.min(x));
+    likeness.resize(tokens.len().next_multiple_of(BLOCK), i32::MIN);
+    let bar = (level_kernels().bar)(likeness, n, 0, floor);
+    let mut equals = n - likeness.iter().filter(|&&x| x > bar).count().min(n);
+    let mut kept = 0;
+    for i in 0..tokens.len() {
+        let keeps = likeness[i] > bar || (likeness[i] == bar && equals > 0);
+        equals -= usize::from(keeps && likeness[i] == bar);
+        (tokens[kept], likeness[kept]) = (tokens[i], likeness[i]);
+        kept += usize::from(keeps);
+    }
+    tokens.truncate(kept);
+    likeness.truncate(kept);
+}
+
+/// Sums of levels as an unsigned query of full range; returns what they were multiplied by.
+fn unsigned_levels(sums: &[i16], levels: &mut [i8], query: &mut Vec<u8>) -> f32 {
+    let most = sums.iter().fold(0, |most: i16, sum| most.max(sum.abs()));
+    let factor = LEVEL / f32::from(most.max(1));
+    (level_kernels().scale)(sums, factor, levels);
+    query.clear();
+    query.extend(levels.iter().map(|level| (level + OFFSET).cast_unsigned()));
+    factor
 }
 
 /// The specification: one seed at a time over all untaken keys.
@@ -246,7 +275,7 @@ fn naive(levels: &Levels) -> Vec<Vec<u16>> {
         levels.row(i).iter().zip(query).map(|(&x, &y)| i32::from(x) * (i32::from(y) - i32::from(OFFSET))).sum::<i32>()
     };
     let best = |query: &[u8], weight: f64, among: &[u16], n: usize| -> Vec<u16> {
-        let own = |i: u16| (weight * f64::from(levels.own[i as usize])) as i32;
+        let own = |i: u16| weighted(weight, levels.own[i as usize]);
         let mut order: Vec<(i32, u16)> = among.iter().map(|&i| (-(product(i, query) + own(i)), i)).collect();
         order.sort_unstable();
         order.into_iter().take(n).map(|(_, i)| i).collect()
@@ -265,7 +294,8 @@ fn naive(levels: &Levels) -> Vec<Vec<u16>> {
             std::iter::once(seed).chain(candidates.iter().copied().take(PAGE_TOKENS - 1)).collect();
         for _ in 0..PACK_ROUNDS {
             let sum = |d: usize| page.iter().map(|&i| i16::from(levels.row(i)[d])).sum::<i16>();
-            let factor = unsigned_levels(&(0..levels.width).map(sum).collect::<Vec<i16>>(), &mut query);
+            let sums: Vec<i16> = (0..levels.width).map(sum).collect();
+            let factor = unsigned_levels(&sums, &mut vec![0; levels.width], &mut query);
             let weight = f64::from(factor) * page.len() as f64;
             page.truncate(1);
             page.extend(best(&query, weight, &candidates, PAGE_TOKENS - 1));

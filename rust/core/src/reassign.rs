@@ -8,6 +8,7 @@
 //! loses .02.
 #![forbid(unsafe_code)]
 
+use crate::config::PAGE_TOKENS;
 use crate::layout::Packing;
 use crate::levels::Levels;
 use crate::simd::BLOCK;
@@ -24,15 +25,15 @@ const MOST_FACTOR: f32 = 8.0;
 pub(crate) fn reassign(levels: &Levels, pages: &[Vec<u16>], by: Packing) -> Vec<Vec<u16>> {
     let means = Means::new(levels, pages, by);
     let scores = means.scores(levels);
-    let mut matching = Matching::new(levels.n(), pages, means.bias.len());
+    let (lanes, mut matching) = (means.bias.len(), Matching::new(levels.n(), pages, means.bias.len()));
+    let shifts: Vec<i32> = (0..levels.n() as u16).map(|key| means.shift(levels, key, by)).collect();
     for key in 0..levels.n() as u16 {
-        let (mut asking, lanes) = (Some(key), means.bias.len());
+        let mut asking = Some(key);
         while let Some(key) = asking {
-            let shift = means.shift(levels, key, by);
-            asking = matching.ask(key, &scores[key as usize * lanes..][..lanes], shift);
+            asking = matching.ask(key, &scores[key as usize * lanes..][..lanes], shifts[key as usize]);
         }
     }
-    matching.pages(pages.len())
+    matching.members()
 }
 
 /// Means of pages as levels, `factor` levels of a mean for one of a key.
@@ -58,9 +59,7 @@ impl Means {
         let (mut rows, mut bias) = (vec![0_i8; sums.len()], Vec::with_capacity(pages.len().next_multiple_of(BLOCK)));
         for ((page, sums), row) in pages.iter().zip(sums.chunks_exact(width)).zip(rows.chunks_exact_mut(width)) {
             let scale = factor / page.len() as f32;
-            row.iter_mut().zip(sums).for_each(|(x, &sum)| *x = (f32::from(sum) * scale).round() as i8);
-            let (sum, square) =
-                row.iter().fold((0, 0), |(sum, square), &x| (sum + i32::from(x), square + i32::from(x) * i32::from(x)));
+            let (sum, square) = (level_kernels().scale)(sums, scale, row);
             let own = match by {
                 Packing::Product => page.iter().map(|&i| levels.own[i as usize] as f32).sum::<f32>() * scale,
                 Packing::Distance => -0.5 * square as f32 / factor,
@@ -98,46 +97,60 @@ impl Means {
 
 /// Keys in pages, so far.
 struct Matching {
-    /// Most members of each page.
-    sizes: Vec<usize>,
-    /// Members with their likeness.
-    members: Vec<Vec<(i32, u16)>>,
+    pages: Vec<Members>,
     /// What a key must surpass to be taken, one per lane: the least likeness of a full page, nothing where there is room.
     bars: Vec<i32>,
     page_of: Vec<u16>,
+}
+
+/// Members of a page.
+struct Members {
+    /// Places from `size` on are never the least.
+    likeness: [i32; PAGE_TOKENS],
+    keys: [u16; PAGE_TOKENS],
+    n: usize,
+    size: usize,
+    /// Who leaves first, once the page is full.
+    worst: usize,
 }
 
 impl Matching {
     fn new(n: usize, pages: &[Vec<u16>], lanes: usize) -> Self {
         let mut bars = vec![i32::MIN; pages.len()];
         bars.resize(lanes, i32::MAX);
-        let members = pages.iter().map(|page| Vec::with_capacity(page.len() + 1)).collect();
-        Self { sizes: pages.iter().map(Vec::len).collect(), members, bars, page_of: vec![0; n] }
+        let members = |page: &Vec<u16>| Members {
+            likeness: [i32::MAX; PAGE_TOKENS],
+            keys: [0; PAGE_TOKENS],
+            n: 0,
+            size: page.len(),
+            worst: 0,
+        };
+        Self { pages: pages.iter().map(members).collect(), bars, page_of: vec![0; n] }
     }
 
     /// Puts a key into the best page that takes it; returns the key that had to leave.
     fn ask(&mut self, key: u16, scores: &[i32], shift: i32) -> Option<u16> {
         // There is always one: as long as a key has no page, some page has room.
-        let (page, score) = (level_kernels().best_above)(scores, shift, &self.bars)?;
-        self.page_of[key as usize] = page as u16;
-        let members = &mut self.members[page];
-        members.push((score + shift, key));
-        let leaves = (members.len() > self.sizes[page]).then(|| {
-            let worst = (0..members.len()).min_by_key(|&m| (members[m].0, !members[m].1)).unwrap_or(0);
-            members.swap_remove(worst).1
-        });
-        if members.len() == self.sizes[page] {
-            self.bars[page] = members.iter().map(|member| member.0).min().unwrap_or(i32::MIN);
+        let (place, score) = (level_kernels().best_above)(scores, shift, &self.bars)?;
+        self.page_of[key as usize] = place as u16;
+        let page = &mut self.pages[place];
+        let (place_in, leaves) =
+            if page.n < page.size { (page.n, None) } else { (page.worst, Some(page.keys[page.worst])) };
+        page.likeness[place_in] = score + shift;
+        page.keys[place_in] = key;
+        page.n += usize::from(leaves.is_none());
+        if page.n == page.size {
+            page.worst = (level_kernels().least)(&page.likeness);
+            self.bars[place] = page.likeness[page.worst];
         }
         leaves
     }
 
-    fn pages(self, n_pages: usize) -> Vec<Vec<u16>> {
-        let mut pages: Vec<Vec<u16>> = self.sizes.iter().map(|&size| Vec::with_capacity(size)).collect();
+    fn members(self) -> Vec<Vec<u16>> {
+        let mut pages: Vec<Vec<u16>> = self.pages.iter().map(|page| Vec::with_capacity(page.size)).collect();
         for (key, &page) in self.page_of.iter().enumerate() {
             pages[page as usize].push(key as u16);
         }
-        debug_assert_eq!(pages.len(), n_pages, "as many pages as before");
         pages
     }
 }

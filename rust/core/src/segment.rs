@@ -8,11 +8,13 @@
 use crate::arena::Lease;
 use crate::config::{GROUP_PAGES, PAGE_TOKENS};
 use crate::groups::GroupSummary;
-use crate::layout::{Packing, PageLayout};
+use crate::layout::{Dtype, Packing, PageLayout};
+use crate::math::dot_f64;
 use crate::pack::{pack, pack_pages};
 use crate::page::{Row, SealedPages};
 use crate::rows::decode;
 use crate::simd::BLOCK;
+use crate::simd::levels::level_kernels;
 
 /// One token of a segment under construction.
 #[derive(Debug, Clone, Copy)]
@@ -41,9 +43,9 @@ impl Segment {
         for (row, key) in rows.iter().zip(keys.chunks_exact_mut(dim)) {
             decode(layout.dtype, row.row.key, key);
         }
-        let packing = group_pages(pack_pages(&keys, dim, layout.packing), &keys, dim, layout.packing);
+        let (packing, means) = group_pages(pack_pages(&keys, dim, layout.packing), &keys, dim, layout.packing);
         let groups = GroupSummary::of_segment(&keys, dim, &packing);
-        let summaries = Summaries::build(&keys, dim, &packing);
+        let summaries = Summaries::build(&keys, dim, &packing, &means);
         let locals = packing.iter().flatten().map(|&i| rows[i as usize].local).collect();
         let content = packing.iter().map(|page| page.iter().map(|&i| rows[i as usize].row).collect());
         Self { pages: SealedPages::write(lease, content), locals, summaries, groups }
@@ -126,20 +128,37 @@ fn summarise(pages: &SealedPages, n_tokens: usize) -> (Summaries, Vec<GroupSumma
     }
     let slots: Vec<u16> = (0..n_tokens as u16).collect();
     let packing: Vec<Vec<u16>> = slots.chunks(PAGE_TOKENS).map(<[u16]>::to_vec).collect();
-    (Summaries::build(&keys, layout.key_dim, &packing), GroupSummary::of_segment(&keys, layout.key_dim, &packing))
+    let means = means(&packing, &keys, layout.key_dim);
+    let summaries = Summaries::build(&keys, layout.key_dim, &packing, &means);
+    (summaries, GroupSummary::of_segment(&keys, layout.key_dim, &packing))
 }
 
-/// Orders full pages so that similar ones share a block of 16: the same packing, of their means. A short page stays last.
-fn group_pages(mut packing: Vec<Vec<u16>>, keys: &[f32], dim: usize, by: Packing) -> Vec<Vec<u16>> {
+/// Means of pages, `[pages, dim]`.
+fn means(packing: &[Vec<u16>], keys: &[f32], dim: usize) -> Vec<f32> {
+    let mut means = vec![0.0; packing.len() * dim];
+    for (page, mean) in packing.iter().zip(means.chunks_exact_mut(dim)) {
+        (level_kernels().mean)(keys, page, mean);
+    }
+    means
+}
+
+/// Orders full pages so that similar ones share a block of 16: the same packing, of their means, which come too, in the
+/// same order. A short page stays last.
+fn group_pages(packing: Vec<Vec<u16>>, keys: &[f32], dim: usize, by: Packing) -> (Vec<Vec<u16>>, Vec<f32>) {
+    let unordered = means(&packing, keys, dim);
     if packing.len() <= GROUP_PAGES {
-        return packing;
+        return (packing, unordered);
     }
     let n_full = packing.iter().take_while(|page| page.len() == PAGE_TOKENS).count();
-    let short = packing.split_off(n_full);
-    let mean = |page: &Vec<u16>| mean_of(page.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
-    let means: Vec<f32> = packing.iter().flat_map(mean).collect();
-    let order = pack(&means, dim, by);
-    order.into_iter().flatten().map(|page| std::mem::take(&mut packing[page as usize])).chain(short).collect()
+    let order =
+        pack(&unordered[..n_full * dim], dim, by).into_iter().flatten().chain(n_full as u16..packing.len() as u16);
+    let (mut pages, mut means) = (Vec::with_capacity(packing.len()), Vec::with_capacity(unordered.len()));
+    let mut packing = packing;
+    for page in order {
+        pages.push(std::mem::take(&mut packing[page as usize]));
+        means.extend_from_slice(&unordered[page as usize * dim..][..dim]);
+    }
+    (pages, means)
 }
 
 /// Quantised means of pages, 16 pages a block.
@@ -175,19 +194,17 @@ impl Summaries {
         }
     }
 
-    fn build(keys: &[f32], dim: usize, packing: &[Vec<u16>]) -> Self {
+    fn build(keys: &[f32], dim: usize, packing: &[Vec<u16>], means: &[f32]) -> Self {
         let mut built = Self::empty(dim, packing.len());
-        for (page, members) in packing.iter().enumerate() {
-            let mean = mean_of(members.iter().map(|&i| &keys[i as usize * dim..][..dim]), dim);
-            let (scale, levels) = quantise(&mean);
+        for ((page, members), mean) in packing.iter().enumerate().zip(means.chunks_exact(dim)) {
+            let (scale, levels) = quantise(mean);
             built.set(page, members.len(), scale, &levels);
-            let square = |x: f32| f64::from(x) * f64::from(x);
-            let distances = square_distances(keys, dim, members, &mean);
-            let (sum, max) = distances.iter().fold((0.0, 0.0), |(sum, max), &d| (sum + d, f64::max(max, d)));
+            let (sum, max) = square_distances(keys, members, mean);
             built.spreads[page] = (sum / members.len() as f64).sqrt() as f32;
             // Bounded so that a reach, radius times query length, stays finite.
             built.radii[page] = max.sqrt().min(1e20) as f32;
-            built.mean_squares[page] = mean.iter().map(|&m| square(m)).sum::<f64>().min(f64::from(f32::MAX)) as f32;
+            built.mean_squares[page] =
+                dot_f64(Dtype::F32, bytemuck::cast_slice(mean), mean).min(f64::from(f32::MAX)) as f32;
         }
         built
     }
@@ -235,22 +252,20 @@ impl Summaries {
     }
 }
 
-/// Squared distances of up to 16 keys to `mean`. Four sums side by side: one alone waits for each of its additions.
-fn square_distances(keys: &[f32], dim: usize, members: &[u16], mean: &[f32]) -> Vec<f64> {
-    let row = |i: u16| &keys[i as usize * dim..][..dim];
-    let mut distances = Vec::with_capacity(PAGE_TOKENS);
-    for four in members.chunks(4) {
-        let rows: [&[f32]; 4] = std::array::from_fn(|r| row(four[r.min(four.len() - 1)]));
-        let mut sums = [0.0_f64; 4];
-        for (d, m) in mean.iter().enumerate() {
-            for (sum, row) in sums.iter_mut().zip(&rows) {
-                let x = f64::from(row[d] - m);
-                *sum += x * x;
-            }
-        }
-        distances.extend_from_slice(&sums[..four.len()]);
+/// Sum and maximum of the squared distances of up to 16 keys to `mean`.
+fn square_distances(keys: &[f32], members: &[u16], mean: &[f32]) -> (f64, f64) {
+    let mut squares = [0.0; PAGE_TOKENS];
+    (level_kernels().distances)(keys, members, mean, &mut squares);
+    let squares = squares[..members.len()].iter().map(|&square| f64::from(square));
+    let (sum, max) = squares.fold((0.0, 0.0), |(sum, max), square| (sum + square, f64::max(max, square)));
+    if (1e-30..1e30).contains(&max) {
+        return (sum, max);
     }
-    distances
+    // Too large or too small for squares of this precision.
+    let row = |i: u16| &keys[i as usize * mean.len()..][..mean.len()];
+    let square = |x: f32| f64::from(x) * f64::from(x);
+    let distance = |&i: &u16| row(i).iter().zip(mean).map(|(x, m)| square(x - m)).sum::<f64>();
+    members.iter().map(distance).fold((0.0, 0.0), |(sum, max), square| (sum + square, f64::max(max, square)))
 }
 
 /// Mean of some keys; cannot overflow, because each key is divided first.
@@ -271,5 +286,7 @@ pub(crate) fn quantise(x: &[f32]) -> (f32, Vec<i8>) {
     if !scale.is_normal() {
         return (0.0, vec![0; x.len()]);
     }
-    (scale, x.iter().map(|x| (x / scale).round().clamp(-127.0, 127.0) as i8).collect())
+    // `round` is a call per element where the compiler may not use SSE 4.1.
+    let level = |x: f32| (x / scale).clamp(-127.0, 127.0) + f32::copysign(0.5, x);
+    (scale, x.iter().map(|&x| level(x) as i8).collect())
 }

@@ -1,9 +1,12 @@
 //! Splitting a full page in two.
 #![forbid(unsafe_code)]
 
+use crate::layout::Dtype;
 use crate::math::{rank_index, rank_key};
 use crate::pack::normalised;
 use crate::segment::mean_of;
+use crate::simd::levels::level_kernels;
+use crate::simd::{Dots, kernels};
 
 /// Rounds of balanced 2-means.
 const ROUNDS: usize = 2;
@@ -15,13 +18,16 @@ pub(crate) fn split(keys: &[f32], dim: usize) -> [Vec<usize>; 2] {
     let row = |i: usize| &keys[i * dim..][..dim];
     let n = keys.len() / dim;
     let mean = mean_of((0..n).map(row), dim);
-    let distance = |i: usize| row(i).iter().zip(&mean).map(|(x, m)| (x - m) * (x - m)).sum::<f32>();
-    let furthest = (0..n).max_by_key(|&i| rank_key(distance(i), i as u32)).unwrap_or(0);
+    let (members, mut distances) = ((0..n as u16).collect::<Vec<u16>>(), vec![0.0; n]);
+    (level_kernels().distances)(&keys, &members, &mean, &mut distances);
+    let furthest = (0..n).max_by_key(|&i| rank_key(distances[i], i as u32)).unwrap_or(0);
     let mut direction: Vec<f32> = row(furthest).iter().zip(&mean).map(|(x, m)| x - m).collect();
     let mut halves = [Vec::new(), Vec::new()];
     for _ in 0..=ROUNDS {
-        let along = |i: usize| row(i).iter().zip(&direction).map(|(x, d)| x * d).sum::<f32>();
-        let mut order: Vec<u64> = (0..n).map(|i| rank_key(along(i), i as u32)).collect();
+        let mut along = vec![0.0; n];
+        let rows = bytemuck::cast_slice(&keys);
+        (kernels().dots)(Dots { dtype: Dtype::F32, rows, dim, queries: &direction }, n, &mut along);
+        let mut order: Vec<u64> = along.iter().zip(0..).map(|(&x, i)| rank_key(x, i)).collect();
         order.sort_unstable_by(|a, b| b.cmp(a));
         let order: Vec<usize> = order.into_iter().map(|key| rank_index(key) as usize).collect();
         let (above, below) = order.split_at(n / 2);

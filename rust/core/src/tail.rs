@@ -13,11 +13,16 @@ use crate::split::split;
 use crate::state::TailEntry;
 use crate::sync::Arc;
 
-/// Means of the open pages.
+/// Share of a key in the sum of its page, whatever the page holds: sums cannot overflow, and grow by one product a key.
+const SHARE: f32 = 1.0 / PAGE_TOKENS as f32;
+
+/// Means of the open pages, as sums.
 #[derive(Debug, Default, Clone, PartialEq)]
 pub(crate) struct TailMeans {
-    /// `[pages, dim]`.
-    means: Vec<f32>,
+    /// A sixteenth of each page's keys, added up: `[pages, dim]`.
+    sums: Vec<f32>,
+    /// What a sum is multiplied by to be the mean.
+    factors: Vec<f32>,
     /// Half the squared norm of each mean.
     half_squares: Vec<f32>,
 }
@@ -30,34 +35,47 @@ impl TailMeans {
         means
     }
 
-    /// Computes the mean of a page again, or of one more, from its rows in slot order: equal to what a fresh start
-    /// computes.
+    /// Computes the mean of a page again, or of one more, from its rows in slot order.
     fn set(&mut self, page: usize, entry: &TailEntry, layout: PageLayout) {
         let dim = layout.key_dim;
         if page == self.half_squares.len() {
             self.half_squares.push(0.0);
-            self.means.resize((page + 1) * dim, 0.0);
+            self.factors.push(0.0);
+            self.sums.resize((page + 1) * dim, 0.0);
         }
-        let mean = &mut self.means[page * dim..][..dim];
-        mean.fill(0.0);
+        let sum = &mut self.sums[page * dim..][..dim];
+        sum.fill(0.0);
         let live = entry.mask();
-        // Divided first, as in `mean_of`: the sum cannot overflow.
-        let share = 1.0 / live.count_ones() as f32;
         let keys = entry.page.keys(entry.count as usize);
         for (slot, key) in keys.chunks_exact(layout.key_bytes()).enumerate() {
             if live >> slot & 1 == 1 {
-                decode_with(layout.dtype, key, mean, |m, x| *m += x * share);
+                decode_with(layout.dtype, key, sum, |m, x| *m += x * SHARE);
             }
         }
-        self.half_squares[page] = mean.iter().map(|m| m * m).sum::<f32>() / 2.0;
+        self.finish(page, entry, dim);
+    }
+
+    /// Adds the key of the newest slot of a page: equal to what a fresh start computes.
+    fn add(&mut self, page: usize, entry: &TailEntry, key: &[f32]) {
+        let sum = &mut self.sums[page * key.len()..][..key.len()];
+        sum.iter_mut().zip(key).for_each(|(m, x)| *m += x * SHARE);
+        self.finish(page, entry, key.len());
+    }
+
+    fn finish(&mut self, page: usize, entry: &TailEntry, dim: usize) {
+        let factor = PAGE_TOKENS as f32 / entry.mask().count_ones().max(1) as f32;
+        let (sum, mut square) = (self.row(page, dim), [0.0]);
+        dots(Dots { dtype: Dtype::F32, rows: bytemuck::cast_slice(sum), dim, queries: sum }, 1, &mut square);
+        self.factors[page] = factor;
+        self.half_squares[page] = square[0] * factor * factor / 2.0;
     }
 
     fn row(&self, page: usize, dim: usize) -> &[f32] {
-        &self.means[page * dim..][..dim]
+        &self.sums[page * dim..][..dim]
     }
 
     pub(crate) fn bytes_per_page(layout: PageLayout) -> usize {
-        4 * (layout.key_dim + 1)
+        4 * (layout.key_dim + 2)
     }
 }
 
@@ -110,7 +128,7 @@ pub(crate) struct Inserter {
     layout: PageLayout,
     /// Tokens of the tail so far.
     tokens: u32,
-    /// The key being inserted, and its products with the means.
+    /// The key being inserted, and its products with the sums.
     key: Vec<f32>,
     products: Vec<f32>,
 }
@@ -132,15 +150,17 @@ impl Inserter {
             let other = self.split(page);
             page = [page, other].into_iter().max_by_key(|&page| self.rank(page, self.product(page))).unwrap_or(page);
         }
-        if !append(&mut self.entries[page], self.tokens, row) {
+        if append(&mut self.entries[page], self.tokens, row) {
+            self.means.add(page, &self.entries[page], &self.key);
+        } else {
             // Somebody else continued the page (a fork, a faster thread), or only removals made room in it.
             let copy = open(self.spare.take(1), live_rows(&self.entries[page]).into_iter());
             self.entries[page] = copy;
             let appended = append(&mut self.entries[page], self.tokens, row);
             debug_assert!(appended, "nobody else knows the copy, and it has a free slot");
+            self.refresh(page);
         }
         self.tokens += 1;
-        self.refresh(page);
     }
 
     /// The page with the mean nearest to the key.
@@ -148,14 +168,14 @@ impl Inserter {
         let n_pages = self.entries.len();
         self.products.clear();
         self.products.resize(n_pages, 0.0);
-        let rows = bytemuck::cast_slice(&self.means.means);
+        let rows = bytemuck::cast_slice(&self.means.sums);
         let input = Dots { dtype: Dtype::F32, rows, dim: self.layout.key_dim, queries: &self.key };
         dots(input, n_pages, &mut self.products);
         let ranks = self.products.iter().enumerate().map(|(page, product)| self.rank(page, *product));
         ranks.max().map(|key| rank_index(key) as usize)
     }
 
-    /// Inner product of the key with one mean: the same bits as in a product with all.
+    /// Inner product of the key with one sum: the same bits as in a product with all.
     fn product(&self, page: usize) -> f32 {
         let rows = bytemuck::cast_slice(self.means.row(page, self.layout.key_dim));
         let mut product = [0.0];
@@ -165,7 +185,7 @@ impl Inserter {
 
     /// |key - mean|^2 is smallest where key.mean - |mean|^2 / 2 is largest.
     fn rank(&self, page: usize, product: f32) -> u64 {
-        rank_key(product - self.means.half_squares[page], page as u32)
+        rank_key(product * self.means.factors[page] - self.means.half_squares[page], page as u32)
     }
 
     fn add_page(&mut self, rows: &[(u32, Row<'_>)]) -> usize {

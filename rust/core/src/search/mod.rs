@@ -29,7 +29,6 @@ pub(crate) use exact::PageScorer;
 pub(crate) use head::{HeadOut, Scratch, search_head};
 #[cfg(feature = "bench")]
 pub(crate) use quantised::QuantisedQueries;
-pub(crate) use rank::top_keys;
 #[cfg(feature = "bench")]
 pub(crate) use scan::Scan;
 pub use share::Share;

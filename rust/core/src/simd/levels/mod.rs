@@ -36,12 +36,23 @@ pub(crate) struct Kernels {
     /// Index and value of the largest `scores[i]` of those with `scores[i] + shift > bars[i]`, the first of equals; the
     /// length is a multiple of 16. `None` where there is none.
     pub(crate) best_above: fn(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)>,
+    /// Index of the least value, the first of equals.
+    pub(crate) least: fn(values: &[i32; BLOCK]) -> usize,
+    /// A number that at least `n` and at most `n + slack` values reach, or, where equal values leave no such number, the
+    /// `n`-th largest; never below `floor`. The length is a multiple of 16.
+    pub(crate) bar: fn(values: &[i32], n: usize, slack: usize, floor: i32) -> i32,
     /// `sums += row`.
     pub(crate) add_levels: fn(sums: &mut [i16], row: &[i8]),
     /// `sums += row * share`, and the least and largest elements.
     pub(crate) extent: fn(row: &[f32], share: f32, sums: &mut [f32], low: &mut [f32], high: &mut [f32]),
     /// Levels of `(row - mean) * inverse`, their sum and the sum of their squares.
     pub(crate) quantise: fn(row: &[f32], mean: &[f32], inverse: f32, levels: &mut [i8]) -> (i32, i32),
+    /// Levels of `sums * factor`, their sum and the sum of their squares.
+    pub(crate) scale: fn(sums: &[i16], factor: f32, levels: &mut [i8]) -> (i32, i32),
+    /// Mean of some rows of `rows`, each divided first.
+    pub(crate) mean: fn(rows: &[f32], members: &[u16], mean: &mut [f32]),
+    /// Squared distances of some rows of `rows` to `mean`; they may overflow.
+    pub(crate) distances: fn(rows: &[f32], members: &[u16], mean: &[f32], out: &mut [f32]),
 }
 
 /// The kernels of the instruction set in use.
@@ -63,14 +74,17 @@ fn of(name: &str) -> &'static Kernels {
     }
 }
 
-/// Rows of `width` levels, one after the other, in blocks of 16; lanes without a row hold 0.
+/// Rows of `width` levels in blocks of 16; lanes without a row hold 0.
 pub(crate) fn to_blocks<'a>(rows: impl ExactSizeIterator<Item = &'a [i8]>, width: usize, blocks: &mut Vec<i8>) {
+    let (zeros, mut rows) = (vec![0; width], rows.peekable());
     blocks.clear();
-    blocks.resize(rows.len().next_multiple_of(BLOCK) * width, 0);
-    for (r, row) in rows.enumerate() {
-        let (block, lane) = (&mut blocks[r / BLOCK * BLOCK * width..], r % BLOCK);
-        for (quad, levels) in block.as_chunks_mut::<{ 4 * BLOCK }>().0.iter_mut().zip(row.as_chunks::<4>().0) {
-            quad[4 * lane..][..4].copy_from_slice(levels);
+    blocks.reserve(rows.len().next_multiple_of(BLOCK) * width);
+    while rows.peek().is_some() {
+        let lanes: [&[[i8; 4]]; BLOCK] =
+            std::array::from_fn(|_| &rows.next().unwrap_or(&zeros).as_chunks().0[..width / 4]);
+        for quad in 0..width / 4 {
+            let levels: [[i8; 4]; BLOCK] = std::array::from_fn(|lane| lanes[lane][quad]);
+            blocks.extend_from_slice(levels.as_flattened());
         }
     }
 }

@@ -3,8 +3,21 @@
 use super::{COLUMNS, Kernels, STRIDE};
 use crate::simd::BLOCK;
 
-pub(super) static KERNELS: Kernels =
-    Kernels { sums, picked, columns, at_least, best_above, add_levels, extent, quantise };
+pub(super) static KERNELS: Kernels = Kernels {
+    sums,
+    picked,
+    columns,
+    at_least,
+    best_above,
+    least,
+    bar,
+    add_levels,
+    extent,
+    quantise,
+    scale,
+    mean,
+    distances,
+};
 
 /// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
 const ROUND: f32 = 12_582_912.0;
@@ -52,25 +65,52 @@ fn at_least(scores: &[i32], least: i32, out: &mut Vec<u16>) {
     out.extend(scores.iter().enumerate().filter(|(_, score)| **score >= least).map(|(i, _)| i as u16));
 }
 
+fn best_above(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)> {
+    let above = |&(i, score): &(usize, i32)| score + shift > bars[i];
+    scores.iter().copied().enumerate().filter(above).max_by_key(|&(i, score)| (score, !i))
+}
+
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "compiled again under wider target features")]
-pub(super) fn best_above(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)> {
-    let mut most = [i32::MIN; BLOCK];
-    for (scores, bars) in scores.as_chunks::<BLOCK>().0.iter().zip(bars.as_chunks::<BLOCK>().0) {
+pub(super) fn least(values: &[i32; BLOCK]) -> usize {
+    let least = values.iter().fold(i32::MAX, |least, &value| least.min(value));
+    let mut first = i32::MAX;
+    for lane in 0..BLOCK {
+        first = first.min(if values[lane] == least { lane as i32 } else { i32::MAX });
+    }
+    first as usize
+}
+
+/// How many values reach `bar`.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
+fn reaching(values: &[i32], bar: i32) -> usize {
+    let mut lanes = [0_i32; BLOCK];
+    for values in values.as_chunks::<BLOCK>().0 {
         for lane in 0..BLOCK {
-            let score = if scores[lane] + shift > bars[lane] { scores[lane] } else { i32::MIN };
-            most[lane] = most[lane].max(score);
+            lanes[lane] += i32::from(values[lane] >= bar);
         }
     }
-    let most = most.into_iter().fold(i32::MIN, i32::max);
-    if most == i32::MIN {
-        return None;
+    lanes.iter().sum::<i32>() as usize
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
+pub(super) fn bar(values: &[i32], n: usize, slack: usize, floor: i32) -> i32 {
+    if reaching(values, floor) <= n + slack {
+        return floor;
     }
-    let mut first = usize::MAX;
-    for (i, (score, bar)) in scores.iter().zip(bars).enumerate() {
-        first = first.min(if *score == most && score + shift > *bar { i } else { usize::MAX });
+    let (mut low, mut high) = (floor, values.iter().fold(floor, |most, &value| most.max(value)));
+    // At least `n` values reach `low`, fewer surpass `high`.
+    while low < high {
+        let middle = low + high.wrapping_sub(low).cast_unsigned().div_ceil(2).cast_signed();
+        match reaching(values, middle) {
+            reached if reached < n => high = middle - 1,
+            reached if reached > n + slack => low = middle,
+            _ => return middle,
+        }
     }
-    Some((first, most))
+    low
 }
 
 #[inline(always)]
@@ -83,8 +123,6 @@ pub(super) fn add_levels(sums: &mut [i16], row: &[i8]) {
     }
 }
 
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
 pub(super) fn extent(row: &[f32], share: f32, sums: &mut [f32], low: &mut [f32], high: &mut [f32]) {
     for (((&x, sum), low), high) in row.iter().zip(sums).zip(low).zip(high) {
         *sum += x * share;
@@ -95,9 +133,77 @@ pub(super) fn extent(row: &[f32], share: f32, sums: &mut [f32], low: &mut [f32],
 
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "compiled again under wider target features")]
-pub(super) fn quantise(row: &[f32], mean: &[f32], inverse: f32, levels: &mut [i8]) -> (i32, i32) {
-    for ((&x, m), level) in row.iter().zip(mean).zip(&mut *levels) {
-        *level = (((x - m) * inverse + ROUND).to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32) as i8;
-    }
+fn level(x: f32) -> i8 {
+    (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i8
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
+fn totals(levels: &[i8]) -> (i32, i32) {
     levels.iter().fold((0, 0), |(sum, squares), &x| (sum + i32::from(x), squares + i32::from(x) * i32::from(x)))
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
+pub(super) fn quantise(row: &[f32], mean: &[f32], inverse: f32, levels: &mut [i8]) -> (i32, i32) {
+    for ((&x, m), out) in row.iter().zip(mean).zip(&mut *levels) {
+        *out = level((x - m) * inverse);
+    }
+    totals(levels)
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
+pub(super) fn scale(sums: &[i16], factor: f32, levels: &mut [i8]) -> (i32, i32) {
+    for (&sum, out) in sums.iter().zip(&mut *levels) {
+        *out = level(f32::from(sum) * factor);
+    }
+    totals(levels)
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
+pub(super) fn mean(rows: &[f32], members: &[u16], mean: &mut [f32]) {
+    let (dim, share) = (mean.len(), 1.0 / members.len() as f32);
+    let (chunks, rest) = mean.as_chunks_mut::<STRIDE>();
+    let whole = STRIDE * chunks.len();
+    for (c, out) in chunks.iter_mut().enumerate() {
+        let mut sums = [0.0; STRIDE];
+        for &i in members {
+            let row = &rows[i as usize * dim + c * STRIDE..][..STRIDE];
+            for (sum, x) in sums.iter_mut().zip(row) {
+                *sum += x * share;
+            }
+        }
+        *out = sums;
+    }
+    rest.fill(0.0);
+    for &i in members {
+        let row = &rows[i as usize * dim + whole..][..rest.len()];
+        rest.iter_mut().zip(row).for_each(|(sum, x)| *sum += x * share);
+    }
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "compiled again under wider target features")]
+pub(super) fn distances(rows: &[f32], members: &[u16], mean: &[f32], out: &mut [f32]) {
+    let (chunks, rest) = mean.as_chunks::<BLOCK>();
+    for (&i, out) in members.iter().zip(out) {
+        let row = &rows[i as usize * mean.len()..][..mean.len()];
+        let mut lanes = [0.0_f32; BLOCK];
+        for (row, mean) in row.as_chunks::<BLOCK>().0.iter().zip(chunks) {
+            for lane in 0..BLOCK {
+                lanes[lane] += (row[lane] - mean[lane]) * (row[lane] - mean[lane]);
+            }
+        }
+        for ((lane, x), m) in lanes.iter_mut().zip(&row[BLOCK * chunks.len()..]).zip(rest) {
+            *lane += (x - m) * (x - m);
+        }
+        for width in [8, 4, 2, 1] {
+            for lane in 0..width {
+                lanes[lane] += lanes[lane + width];
+            }
+        }
+        *out = lanes[0];
+    }
 }

@@ -73,9 +73,33 @@ fn selections_are_those_of_the_specification() {
             let least = scores.iter().zip(0..).filter(|(score, _)| **score >= 500).map(|(_, i)| i);
             assert_eq!(found, [7].into_iter().chain(least).collect::<Vec<u16>>(), "{name}: at least, of {n}");
             for shift in [-500, 0, 1500, -3000] {
-                let above = |&(i, score): &(usize, i32)| score + shift > bars[i];
-                let expected = scores.iter().copied().enumerate().filter(above).max_by_key(|&(i, s)| (s, n - i));
+                let expected = scalar::KERNELS.best_above;
+                let expected = expected(&scores, shift, &bars);
                 assert_eq!((kernels.best_above)(&scores, shift, &bars), expected, "{name}: best of {n}");
+            }
+            let first: &[i32; BLOCK] = scores.first_chunk().unwrap();
+            let least = (0..BLOCK).min_by_key(|&i| (first[i], i)).unwrap();
+            assert_eq!((kernels.least)(first), least, "{name}");
+        }
+    });
+}
+
+#[test]
+fn a_bar_lets_pass_as_many_as_asked_for() {
+    each_set(|kernels, name| {
+        let mut noise = Noise(8);
+        for (n_values, n) in [(16, 1), (16, 16), (32, 15), (64, 31), (64, 64)] {
+            for (slack, floor, levels) in
+                [(0, -2000, 2000), (8, -2000, 2000), (0, 100, 2000), (0, -2000, 3), (4, i32::MIN, 9)]
+            {
+                let values: Vec<i32> =
+                    noise.scores(n_values).iter().map(|x| x % levels * (i32::MAX / levels)).collect();
+                let bar = (kernels.bar)(&values, n, slack, floor);
+                let (at, above) =
+                    (values.iter().filter(|&&x| x >= bar).count(), values.iter().filter(|&&x| x > bar).count());
+                let passes = (n..=n + slack).contains(&at) || (at >= n && above < n);
+                assert!(passes || (bar == floor && at <= n + slack), "{name}: {at} of {n_values} for {n} + {slack}");
+                assert_eq!(bar, (scalar::KERNELS.bar)(&values, n, slack, floor), "{name}");
             }
         }
     });

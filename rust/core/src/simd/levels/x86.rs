@@ -3,7 +3,7 @@
 #[allow(clippy::wildcard_imports, reason = "every line is an intrinsic")]
 use std::arch::x86_64::*;
 
-use super::{COLUMNS, Kernels};
+use super::{COLUMNS, Kernels, scalar};
 use crate::simd::BLOCK;
 
 /// The bodies of `scalar.rs` under other features.
@@ -24,13 +24,16 @@ macro_rules! compiled {
 macro_rules! bodies {
     ($module:ident, $features:literal) => {
         mod $module {
-            use super::COLUMNS;
+            use super::{BLOCK, COLUMNS};
             compiled! { $features,
                 columns(scores: &[i32], columns: &mut [i32; COLUMNS]);
-                best_above(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)>;
+                least(values: &[i32; BLOCK]) -> usize;
+                bar(values: &[i32], n: usize, slack: usize, floor: i32) -> i32;
                 add_levels(sums: &mut [i16], row: &[i8]);
-                extent(row: &[f32], share: f32, sums: &mut [f32], low: &mut [f32], high: &mut [f32]);
                 quantise(row: &[f32], mean: &[f32], inverse: f32, levels: &mut [i8]) -> (i32, i32);
+                scale(sums: &[i16], factor: f32, levels: &mut [i8]) -> (i32, i32);
+                mean(rows: &[f32], members: &[u16], mean: &mut [f32]);
+                distances(rows: &[f32], members: &[u16], mean: &[f32], out: &mut [f32]);
             }
         }
     };
@@ -45,10 +48,15 @@ const BASE: Kernels = Kernels {
     picked: picked_avx2,
     columns: wide::columns,
     at_least: at_least_avx2,
-    best_above: wide::best_above,
+    best_above: best_above_avx2,
+    least: wide::least,
+    bar: wide::bar,
     add_levels: wide::add_levels,
-    extent: wide::extent,
+    extent: extent_avx2,
     quantise: wide::quantise,
+    scale: wide::scale,
+    mean: wide::mean,
+    distances: wide::distances,
 };
 
 /// For machines with AVX2.
@@ -63,10 +71,15 @@ pub(super) static AVX512_VNNI: Kernels = Kernels {
     picked: picked_avx512,
     columns: widest::columns,
     at_least: at_least_avx512,
-    best_above: widest::best_above,
+    best_above: best_above_avx512,
+    least: widest::least,
+    bar: widest::bar,
     add_levels: widest::add_levels,
-    extent: widest::extent,
+    extent: extent_avx2,
     quantise: widest::quantise,
+    scale: widest::scale,
+    mean: widest::mean,
+    distances: widest::distances,
 };
 
 /// What the `sums` of all sets owe their loops.
@@ -339,6 +352,105 @@ fn at_least_avx512(scores: &[i32], least: i32, out: &mut Vec<u16>) {
     }
     // SAFETY: the tables of this file are for machines with the features.
     unsafe { inner(scores, least, out) }
+}
+
+/// By hand: what the compiler makes of four slices varies by a factor of ten.
+fn extent_avx2(row: &[f32], share: f32, sums: &mut [f32], low: &mut [f32], high: &mut [f32]) {
+    #[target_feature(enable = "avx2")]
+    fn inner(row: &[[f32; 8]], share: f32, sums: &mut [[f32; 8]], low: &mut [[f32; 8]], high: &mut [[f32; 8]]) {
+        let share = _mm256_set1_ps(share);
+        for (((x, sum), low), high) in row.iter().zip(sums).zip(low).zip(high) {
+            // SAFETY: eight elements, as everywhere here.
+            let x = unsafe { _mm256_loadu_ps(x.as_ptr()) };
+            // SAFETY: as above.
+            let total = _mm256_add_ps(unsafe { _mm256_loadu_ps(sum.as_ptr()) }, _mm256_mul_ps(x, share));
+            // SAFETY: as above.
+            let least = _mm256_min_ps(x, unsafe { _mm256_loadu_ps(low.as_ptr()) });
+            // SAFETY: as above.
+            let most = _mm256_max_ps(x, unsafe { _mm256_loadu_ps(high.as_ptr()) });
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(sum.as_mut_ptr(), total) };
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(low.as_mut_ptr(), least) };
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(high.as_mut_ptr(), most) };
+        }
+    }
+    let (row, row_end) = row.as_chunks();
+    let (sums, sums_end) = sums.as_chunks_mut();
+    let (low, low_end) = low.as_chunks_mut();
+    let (high, high_end) = high.as_chunks_mut();
+    // SAFETY: the tables of this file are for machines with the features.
+    unsafe { inner(row, share, sums, low, high) };
+    scalar::extent(row_end, share, sums_end, low_end, high_end);
+}
+
+fn best_above_avx2(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)> {
+    /// The scores, the least possible number instead of those that do not count.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn counted(scores: &[i32; 8], shift: __m256i, bars: &[i32; 8]) -> __m256i {
+        // SAFETY: eight elements.
+        let scores = unsafe { _mm256_loadu_si256(scores.as_ptr().cast()) };
+        // SAFETY: as above.
+        let bars = unsafe { _mm256_loadu_si256(bars.as_ptr().cast()) };
+        let counts = _mm256_cmpgt_epi32(_mm256_add_epi32(scores, shift), bars);
+        _mm256_blendv_epi8(_mm256_set1_epi32(i32::MIN), scores, counts)
+    }
+    #[target_feature(enable = "avx2")]
+    fn inner(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)> {
+        let (scores, bars, shift) = (scores.as_chunks::<8>().0, bars.as_chunks::<8>().0, _mm256_set1_epi32(shift));
+        let mut most = _mm256_set1_epi32(i32::MIN);
+        for (scores, bars) in scores.iter().zip(bars) {
+            most = _mm256_max_epi32(most, counted(scores, shift, bars));
+        }
+        let most = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256::<1>(most));
+        let most = _mm_max_epi32(most, _mm_shuffle_epi32::<0b0100_1110>(most));
+        let most = _mm_cvtsi128_si32(_mm_max_epi32(most, _mm_shuffle_epi32::<0b1011_0001>(most)));
+        for (block, (scores, bars)) in scores.iter().zip(bars).enumerate() {
+            let equal = _mm256_cmpeq_epi32(counted(scores, shift, bars), _mm256_set1_epi32(most));
+            let mask = _mm256_movemask_ps(_mm256_castsi256_ps(equal));
+            if mask != 0 && most > i32::MIN {
+                return Some((block * 8 + mask.trailing_zeros() as usize, most));
+            }
+        }
+        None
+    }
+    // SAFETY: the tables of this file are for machines with the features.
+    unsafe { inner(scores, shift, bars) }
+}
+
+fn best_above_avx512(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)> {
+    /// As in [`best_above_avx2`].
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    fn counted(scores: &[i32; BLOCK], shift: __m512i, bars: &[i32; BLOCK]) -> __m512i {
+        // SAFETY: sixteen elements.
+        let scores = unsafe { _mm512_loadu_si512(scores.as_ptr().cast()) };
+        // SAFETY: as above.
+        let bars = unsafe { _mm512_loadu_si512(bars.as_ptr().cast()) };
+        let counts = _mm512_cmpgt_epi32_mask(_mm512_add_epi32(scores, shift), bars);
+        _mm512_mask_mov_epi32(_mm512_set1_epi32(i32::MIN), counts, scores)
+    }
+    #[target_feature(enable = "avx512f")]
+    fn inner(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)> {
+        let (scores, bars) = (scores.as_chunks::<BLOCK>().0, bars.as_chunks::<BLOCK>().0);
+        let shift = _mm512_set1_epi32(shift);
+        let mut most = _mm512_set1_epi32(i32::MIN);
+        for (scores, bars) in scores.iter().zip(bars) {
+            most = _mm512_max_epi32(most, counted(scores, shift, bars));
+        }
+        let most = _mm512_reduce_max_epi32(most);
+        for (block, (scores, bars)) in scores.iter().zip(bars).enumerate() {
+            let mask = _mm512_cmpeq_epi32_mask(counted(scores, shift, bars), _mm512_set1_epi32(most));
+            if mask != 0 && most > i32::MIN {
+                return Some((block * BLOCK + mask.trailing_zeros() as usize, most));
+            }
+        }
+        None
+    }
+    // SAFETY: the tables of this file are for machines with the features.
+    unsafe { inner(scores, shift, bars) }
 }
 
 /// Appends the places of the bits of block `block`.
