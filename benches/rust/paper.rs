@@ -169,7 +169,7 @@ fn run(data: &keys::Data, pool: &ThreadPool) {
     // Inserts last: they change the trees.
     let rows = &raw[..INSERTS.min(n) * DIM * 4];
     let steps = || rows.chunks_exact(16 * DIM * 4);
-    let ((), paper_insert) = cpu_us(|| steps().for_each(|rows| paper.insert(rows, rows).map(|_| ()).unwrap()));
+    let ((), paper_insert) = cpu_us(|| steps().for_each(|rows| paper.insert(rows, rows).unwrap()));
     let ((), ice_insert) = cpu_us(|| {
         steps().for_each(|keys| extend(pool, &[ExtendRow { forest: ice, keys, values: keys }]).unwrap());
     });

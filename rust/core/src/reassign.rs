@@ -51,7 +51,9 @@ impl Means {
         let mut sums = vec![0_i16; pages.len() * width];
         let mut most = 0.0_f32;
         for (page, sums) in pages.iter().zip(sums.chunks_exact_mut(width)) {
-            page.iter().for_each(|&i| (level_kernels().add_levels)(sums, levels.row(i)));
+            for &i in page {
+                (level_kernels().add_levels)(sums, levels.row(i));
+            }
             let largest = sums.iter().fold(0, |most: i16, sum| most.max(sum.abs()));
             most = most.max(f32::from(largest) / page.len() as f32);
         }

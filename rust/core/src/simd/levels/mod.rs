@@ -4,6 +4,8 @@
 //! over, so that the byte instructions of every machine are exact. Scanned rows lie in blocks `[width / 4, 16, 4]`: a row
 //! is a lane, and there are no horizontal sums. Loops over floats are element by element and the same everywhere.
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -24,6 +26,7 @@ pub(crate) const STRIDE: usize = 32;
 pub(crate) const COLUMNS: usize = 64;
 
 /// Function table of one instruction set.
+#[expect(clippy::type_complexity, reason = "the names of arguments say what the functions do")]
 pub(crate) struct Kernels {
     /// `out[g * bias.len() + r] = bias[r] + row_r . query_g`, rows in blocks, queries `[group, width]`.
     pub(crate) sums: fn(blocks: &[i8], queries: &[u8], width: usize, bias: &[i32], out: &mut [i32]),
@@ -70,6 +73,8 @@ fn of(name: &str) -> &'static Kernels {
         "avxvnni" => &x86::AVX_VNNI,
         #[cfg(target_arch = "x86_64")]
         "avx512vnni" => &x86::AVX512_VNNI,
+        #[cfg(target_arch = "aarch64")]
+        "neon" => &neon::KERNELS,
         _ => &scalar::KERNELS,
     }
 }
@@ -82,6 +87,7 @@ pub(crate) fn to_blocks<'a>(rows: impl ExactSizeIterator<Item = &'a [i8]>, width
     while rows.peek().is_some() {
         let lanes: [&[[i8; 4]]; BLOCK] =
             std::array::from_fn(|_| &rows.next().unwrap_or(&zeros).as_chunks().0[..width / 4]);
+        #[expect(clippy::needless_range_loop, reason = "sixteen slices side by side")]
         for quad in 0..width / 4 {
             let levels: [[i8; 4]; BLOCK] = std::array::from_fn(|lane| lanes[lane][quad]);
             blocks.extend_from_slice(levels.as_flattened());

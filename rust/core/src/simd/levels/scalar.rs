@@ -3,7 +3,9 @@
 use super::{COLUMNS, Kernels, STRIDE};
 use crate::simd::BLOCK;
 
-pub(super) static KERNELS: Kernels = Kernels {
+pub(super) static KERNELS: Kernels = BASE;
+
+pub(super) const BASE: Kernels = Kernels {
     sums,
     picked,
     columns,
@@ -75,8 +77,8 @@ fn best_above(scores: &[i32], shift: i32, bars: &[i32]) -> Option<(usize, i32)> 
 pub(super) fn least(values: &[i32; BLOCK]) -> usize {
     let least = values.iter().fold(i32::MAX, |least, &value| least.min(value));
     let mut first = i32::MAX;
-    for lane in 0..BLOCK {
-        first = first.min(if values[lane] == least { lane as i32 } else { i32::MAX });
+    for (&value, lane) in values.iter().zip(0..) {
+        first = first.min(if value == least { lane } else { i32::MAX });
     }
     first as usize
 }
@@ -87,8 +89,8 @@ pub(super) fn least(values: &[i32; BLOCK]) -> usize {
 fn reaching(values: &[i32], bar: i32) -> usize {
     let mut lanes = [0_i32; BLOCK];
     for values in values.as_chunks::<BLOCK>().0 {
-        for lane in 0..BLOCK {
-            lanes[lane] += i32::from(values[lane] >= bar);
+        for (lane, value) in lanes.iter_mut().zip(values) {
+            *lane += i32::from(*value >= bar);
         }
     }
     lanes.iter().sum::<i32>() as usize

@@ -36,7 +36,9 @@ fn sums_in_blocks_and_of_picked_rows_are_exact() {
             let (mut rows, mut queries) = (noise.levels(n * width), noise.query(group * width));
             if n == 33 {
                 // As large as sums get.
-                rows.iter_mut().for_each(|x| *x = if *x < 0 { -63 } else { 63 });
+                for x in &mut rows {
+                    *x = if *x < 0 { -63 } else { 63 };
+                }
                 queries.fill(127);
             }
             let bias = noise.scores(n.next_multiple_of(BLOCK));

@@ -28,7 +28,7 @@ unsafe fn four(query: *const u8) -> i32 {
 macro_rules! sums256 {
     ($name:ident, $features:literal, $two:expr) => {
         pub(super) fn $name(blocks: &[i8], queries: &[u8], width: usize, bias: &[i32], out: &mut [i32]) {
-            /// One block against `G` queries.
+            /// One block against `G` queries; returns `G`.
             ///
             /// # Safety
             /// `block` has `16 * width` levels, `bias` 16 elements, `queries` `G * width`, `out` `(G - 1) * stride + 16`.
@@ -41,10 +41,12 @@ macro_rules! sums256 {
                 bias: *const i32,
                 stride: usize,
                 out: *mut i32,
-            ) {
+            ) -> usize {
                 // SAFETY: the caller's contract.
-                let bias = unsafe { [_mm256_loadu_si256(bias.cast()), _mm256_loadu_si256(bias.add(8).cast())] };
-                let mut sums = [bias; G];
+                let low = unsafe { _mm256_loadu_si256(bias.cast()) };
+                // SAFETY: as above.
+                let high = unsafe { _mm256_loadu_si256(bias.wrapping_add(8).cast()) };
+                let mut sums = [[low, high]; G];
                 for start in (0..width).step_by(8) {
                     for half in 0..2 {
                         let at = block.wrapping_add(start * BLOCK + 32 * half);
@@ -52,13 +54,13 @@ macro_rules! sums256 {
                         let first = unsafe { _mm256_loadu_si256(at.cast()) };
                         // SAFETY: as above.
                         let second = unsafe { _mm256_loadu_si256(at.wrapping_add(4 * BLOCK).cast()) };
-                        for g in 0..G {
+                        for (g, sums) in sums.iter_mut().enumerate() {
                             let query = queries.wrapping_add(g * width + start);
                             // SAFETY: as above.
                             let low = _mm256_set1_epi32(unsafe { four(query) });
                             // SAFETY: as above.
                             let high = _mm256_set1_epi32(unsafe { four(query.wrapping_add(4)) });
-                            sums[g][half] = $two(sums[g][half], low, first, high, second);
+                            sums[half] = $two(sums[half], low, first, high, second);
                         }
                     }
                 }
@@ -68,6 +70,7 @@ macro_rules! sums256 {
                         unsafe { _mm256_storeu_si256(out.wrapping_add(g * stride + 8 * half).cast(), *sum) };
                     }
                 }
+                G
             }
             check_sums(blocks, queries, width, bias, out);
             let (n_queries, stride) = (queries.len() / width, bias.len());
@@ -77,15 +80,12 @@ macro_rules! sums256 {
                 while g < n_queries {
                     let queries = queries[g * width..].as_ptr();
                     let out = out[g * stride + b * BLOCK..].as_mut_ptr();
-                    // SAFETY: the lengths were checked; the tables of this file are for machines with the features.
-                    g += unsafe {
-                        if n_queries - g >= 4 {
-                            tile::<4>(block, queries, width, bias.as_ptr(), stride, out);
-                            4
-                        } else {
-                            tile::<1>(block, queries, width, bias.as_ptr(), stride, out);
-                            1
-                        }
+                    g += if n_queries - g >= 4 {
+                        // SAFETY: the lengths were checked; the tables of this folder are for machines with the features.
+                        unsafe { tile::<4>(block, queries, width, bias.as_ptr(), stride, out) }
+                    } else {
+                        // SAFETY: as above.
+                        unsafe { tile::<1>(block, queries, width, bias.as_ptr(), stride, out) }
                     };
                 }
             }
@@ -121,14 +121,15 @@ pub(super) fn avx512(blocks: &[i8], queries: &[u8], width: usize, bias: &[i32], 
         while g < n_queries {
             let queries = queries[g * width..].as_ptr();
             let out = out[g * stride + b * BLOCK..].as_mut_ptr();
-            // SAFETY: the lengths were checked; the tables of this file are for machines with the features.
-            g += unsafe {
-                match (n_queries - g >= 4, two) {
-                    (true, true) => tile512::<4, 2>(block, queries, width, bias, stride, out),
-                    (true, false) => tile512::<4, 1>(block, queries, width, bias, stride, out),
-                    (false, true) => tile512::<1, 2>(block, queries, width, bias, stride, out),
-                    (false, false) => tile512::<1, 1>(block, queries, width, bias, stride, out),
-                }
+            g += match (n_queries - g >= 4, two) {
+                // SAFETY: the lengths were checked; the tables of this folder are for machines with the features.
+                (true, true) => unsafe { tile512::<4, 2>(block, queries, width, bias, stride, out) },
+                // SAFETY: as above.
+                (true, false) => unsafe { tile512::<4, 1>(block, queries, width, bias, stride, out) },
+                // SAFETY: as above.
+                (false, true) => unsafe { tile512::<1, 2>(block, queries, width, bias, stride, out) },
+                // SAFETY: as above.
+                (false, false) => unsafe { tile512::<1, 1>(block, queries, width, bias, stride, out) },
             };
         }
         b += if two { 2 } else { 1 };
@@ -164,11 +165,11 @@ unsafe fn tile512<const G: usize, const B: usize>(
             // SAFETY: as above.
             *rows = unsafe { _mm512_loadu_si512(at.cast()) };
         }
-        for g in 0..G {
+        for (g, sums) in sums.iter_mut().enumerate() {
             // SAFETY: as above.
             let query = _mm512_set1_epi32(unsafe { four(queries.wrapping_add(g * width + start)) });
             for b in 0..B {
-                sums[g][b] = _mm512_dpbusd_epi32(sums[g][b], query, rows[b]);
+                sums[b] = _mm512_dpbusd_epi32(sums[b], query, rows[b]);
             }
         }
     }
