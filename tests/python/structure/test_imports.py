@@ -25,6 +25,7 @@ ALLOWED = {
     "eval": BASE | {"arguments", "bench", "stats", *FLOW},
     "demo": BASE | {"eval", "bench", "stats", *FLOW},
     "doctor": BASE | {"eval", "index", "kernels", "transfer"},
+    "__main__": {"cli"},
     "cli": BASE | {"arguments", "bench", "demo", "doctor", "eval"},
     "__init__": BASE | {"index", "runtime", "stats"},
 }
