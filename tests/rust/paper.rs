@@ -223,7 +223,8 @@ fn a_group_search_interleaves_the_rankings_of_its_queries() {
     let mut tokens = tree.search_tokens(&queries, 12, field, &mut scratch).unwrap();
     let of_pages = tree.pages().filter(|(page, _)| group.pages.contains(page)).flat_map(|(_, tokens)| tokens);
     let mut expected: Vec<TokenId> = of_pages.collect();
-    (tokens.sort_unstable(), expected.sort_unstable());
+    tokens.sort_unstable();
+    expected.sort_unstable();
     assert_eq!(tokens, expected);
 }
 
