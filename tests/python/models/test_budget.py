@@ -118,5 +118,6 @@ def test_nothing_is_recorded_without_a_trace_and_everything_read_is_counted(monk
     tokens = sum(int((e.positions >= 0).sum()) for e in events)
     assert stats.bytes_to_device == tokens * 2 * 16 * 4  # K and V, head dim, float32
     assert stats.steps == 5
-    assert set(stats.ms) == {"prefill_offload", "index_build", "insert_wait", "search", "transfer", "attention"}
-    assert all(stats.ms[part] for part in set(stats.ms) - {"insert_wait"})  # eager steps insert at once
+    elsewhere = {"insert_wait", "summaries"}  # of steps on a device
+    assert set(stats.ms) == {"prefill_offload", "index_build", "search", "transfer", "attention"} | elsewhere
+    assert all((stats.ms[part] > 0) == (part not in elsewhere) for part in stats.ms)
