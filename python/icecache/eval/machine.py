@@ -94,4 +94,7 @@ def model_sha256(path: Path) -> str:
 
 def this_command() -> list[str]:
     """Arguments of this process, the program's name without its folder."""
-    return ["icecache" if Path(sys.argv[0]).name == "cli.py" else Path(sys.argv[0]).name, *sys.argv[1:]]
+    return [
+        "icecache" if Path(sys.argv[0]).name in {"cli.py", "__main__.py"} else Path(sys.argv[0]).name,
+        *sys.argv[1:],
+    ]
