@@ -74,6 +74,9 @@ def _add_report(parts: Commands) -> None:
     report.add_argument("folder", type=Path, metavar="DIR", help="of a run")
     report.add_argument("--budget", type=int, metavar="N", help="of the headline table (default: the smallest)")
     report.add_argument("--out", type=Path, metavar="FILE", help="default: report.md in the folder, and the terminal")
+    report.add_argument(
+        "--format", type=task_list, default=("md",), metavar="A,B", help="md (default), html: a page with figures"
+    )
     compare = parts.add_parser(
         "compare",
         help="two arms, or two runs, pair by pair",
@@ -159,9 +162,9 @@ def _run(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from icecache.eval.report import TASK_BY_TASK, write_report
 
-    text = write_report(args.folder, args.out, args.budget)
+    text, written = write_report(args.folder, args.out, args.budget, args.format)
     print(text.partition(TASK_BY_TASK)[0].rstrip())
-    print(f"\nwhole report: {args.out or args.folder / 'report.md'}")
+    print(f"\nwhole report: {', '.join(map(str, written))}")
     return 0
 
 

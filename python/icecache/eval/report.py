@@ -1,4 +1,4 @@
-"""`icecache eval report`: the tables of a run as markdown.
+"""`icecache eval report`: the tables of a run as markdown; `html` and `figures` make a page of them.
 
 Every score stands beside what it cannot resolve; every claim is made of an interval's lower bound.
 """
@@ -18,10 +18,13 @@ from icecache.eval.results import DISCRIMINATES, ORACLES, Cell, Results, budget_
 KEPT: Final = (0.99, 0.97)
 """Shares of full attention that a claim can be made about."""
 OURS: Final = "icecache"
+FORMATS: Final = ("md", "html")
 TASK_BY_TASK: Final = "## Task by task"
 
 
-def write_report(folder: Path, out: Path | None = None, budget: int | None = None) -> str:
+def write_report(
+    folder: Path, out: Path | None = None, budget: int | None = None, formats: Sequence[str] = ("md",)
+) -> tuple[str, list[Path]]:
     """Write a run's report.
 
     Parameters
@@ -29,29 +32,56 @@ def write_report(folder: Path, out: Path | None = None, budget: int | None = Non
     folder : Path
         Of the run.
     out : Path or None, default=None
-        Default: `report.md` in the folder.
+        Where to; the suffix follows from the format. Default: `report` in the folder.
     budget : int or None, default=None
         Only arms of this budget, and those without; None: all.
+    formats : sequence of str, default=("md",)
+        Of `FORMATS`.
 
     Returns
     -------
-    str
-        The report.
+    text : str
+        The report as markdown.
+    paths : list of Path
+        What was written.
 
     Raises
     ------
     DataError
         If the folder holds no run.
     ConfigError
-        If no arm has the budget.
+        If no arm has the budget, or a format is unknown.
     """
+    if not formats or set(formats) - set(FORMATS):
+        msg = f"--format must be one or more of {', '.join(FORMATS)}, got {', '.join(formats)}"
+        raise ConfigError(msg)
     results = Results.read(folder)
     if budget is not None and budget not in results.budgets:
         msg = f"--budget must be one of {', '.join(map(str, results.budgets)) or 'none'}, got {budget}"
         raise ConfigError(msg)
-    text = "\n\n".join(sections(results, budget)) + "\n"
-    (out or folder / "report.md").write_text(text, encoding="utf-8")
-    return text
+    parts = list(sections(results, budget))
+    text = "\n\n".join(parts) + "\n"
+    written = []
+    for kind in dict.fromkeys(formats):
+        path = _path(folder, out, kind, formats)
+        path.write_text(text if kind == "md" else _page(results, parts, budget), encoding="utf-8")
+        written.append(path)
+    return text, written
+
+
+def _path(folder: Path, out: Path | None, kind: str, formats: Sequence[str]) -> Path:
+    if out is None:
+        return folder / f"report.{kind}"
+    # One format: the very name that was asked for.
+    return out if len(set(formats)) == 1 else out.with_suffix(f".{kind}")
+
+
+def _page(results: Results, parts: Sequence[str], budget: int | None) -> str:
+    # matplotlib takes a second to load.
+    from icecache.eval.figures import draw
+    from icecache.eval.html import to_page
+
+    return to_page(parts, draw(results, budget), folded=TASK_BY_TASK)
 
 
 def sections(results: Results, budget: int | None = None) -> Iterator[str]:

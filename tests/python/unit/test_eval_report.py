@@ -157,7 +157,8 @@ def _write(path, results):
 
 def test_a_report_is_written_to_the_folder_and_can_be_of_one_budget(results, tmp_path):
     folder = _write(tmp_path / "r", results)
-    text = write_report(folder, budget=64)
+    text, written = write_report(folder, budget=64)
+    assert written == [folder / "report.md"]
     assert (folder / "report.md").read_text(encoding="utf-8") == text
     assert "quest@64" in text
     with pytest.raises(ConfigError, match="one of 64, 256"):
