@@ -109,10 +109,10 @@ def _page_pick(
         n_pages,
         places,
         G=g,
-        GP=max(16, triton.next_power_of_2(g)),
+        GP=triton.next_power_of_2(g),
         CP=triton.next_power_of_2(n_candidates),
         KP=triton.next_power_of_2(places),
-        num_warps=4,
+        num_warps=1 if n_candidates <= 64 else 4,  # one warp counts without waiting for others
     )
 
 

@@ -26,6 +26,34 @@ keys of a trained model (docs/LOG.md)."""
 
 
 @triton.jit
+def _signed_ones(plane, NATIVE: tl.constexpr):
+    """1.0 with the highest bit of each int16 as its sign. Natively two elements at a time: (x & 0x8000) | 0x3C00."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x80008000, 0x3C003C00, 0xEA;", "=r,r", [plane], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return ((plane & -32768) | 0x3C00).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _signed_twos(plane, NATIVE: tl.constexpr):
+    """2.0 with the highest bit of each int16 as its sign."""
+    if NATIVE:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x80008000, 0x40004000, 0xEA;", "=r,r", [plane], dtype=tl.float16, is_pure=True, pack=2
+        )
+    return ((plane & -32768) | 0x4000).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _next_bit(plane, NATIVE: tl.constexpr):
+    """Each int16 shifted left. Natively two at a time: what passes to the next one needs 16 steps to its top."""
+    if NATIVE:
+        return tl.inline_asm_elementwise("shl.b32 $0, $1, 1;", "=r,r", [plane], dtype=tl.int16, is_pure=True, pack=2)
+    return plane << 1
+
+
+@triton.jit
 def _page_scan_kernel(
     unit_ptr,  # [U, G, D] float16
     length_ptr,  # [U, G] float32
@@ -51,6 +79,7 @@ def _page_scan_kernel(
     P: tl.constexpr,
     T: tl.constexpr,
     NB: tl.constexpr,
+    NATIVE: tl.constexpr,  # not in the interpreter, which knows no inline assembly
 ):
     """One program per (block of slots, unit)."""
     block = tl.program_id(0)
@@ -87,14 +116,14 @@ def _page_scan_kernel(
         high = tl.load(plane_ptr + D, mask=filled, other=0)
     m = tl.full([NB, GP], float("-inf"), tl.float32)
     total = tl.zeros([NB, GP], tl.float32)
-    for t in range(T):
-        shift = (tl.zeros([1, 1], tl.int32) + 15 - t).to(tl.int16)
-        # Bit t becomes the sign of 1 (0x3C00) or 2 (0x4000).
-        ones = (((low << shift) & -32768) | 0x3C00).to(tl.float16, bitcast=True)
-        along = tl.dot(ones, q)
+    # Unrolled, so that the planes are brought into the layout of the products once and not for each token.
+    for i in tl.static_range(T):
+        t = T - 1 - i
+        along = tl.dot(_signed_ones(low, NATIVE), q)
+        low = _next_bit(low, NATIVE)
         if P == 2:
-            twos = (((high << shift) & -32768) | 0x4000).to(tl.float16, bitcast=True)
-            along += tl.dot(twos, q)
+            along = tl.dot(_signed_twos(high, NATIVE), q, along)
+            high = _next_bit(high, NATIVE)
         share = tl.load(shares_ptr + slot * T + t, mask=inside, other=0.0).to(tl.float32)
         logit = (base + (step * share)[:, None] * along) * factor[None, :]
         if HAS_CAP:
@@ -152,12 +181,13 @@ def _page_scan(
         softcap,
         HAS_CAP=softcap > 0.0,
         G=g,
-        GP=max(16, triton.next_power_of_2(g)),
+        GP=max(8, triton.next_power_of_2(g)),
         D=d,
         DP=max(32, triton.next_power_of_2(d)),
         P=n_planes,
         T=16,
         NB=SLOT_BLOCK,
+        NATIVE=not triton.knobs.runtime.interpret,
         num_warps=4,
     )
 

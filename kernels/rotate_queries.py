@@ -23,30 +23,33 @@ def _rotate_queries_kernel(
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
-    DP: tl.constexpr,
+    CB: tl.constexpr,
     KB: tl.constexpr,
 ):
-    """One program per sequence and KV head."""
+    """One program per (sequence and KV head, columns). The rotation keeps lengths, so each program sums them itself."""
     bh = tl.program_id(0).to(tl.int64)
     g = tl.arange(0, GP)
-    d = tl.arange(0, DP)
-    rotated = tl.zeros([GP, DP], tl.float32)
+    d = tl.program_id(1) * CB + tl.arange(0, CB)
+    rotated = tl.zeros([GP, CB], tl.float32)
+    square = tl.zeros([GP], tl.float32)
     for first in range(0, D, KB):
         i = first + tl.arange(0, KB)
         q = tl.load(q_ptr + (bh * G + g)[:, None] * D + i[None, :], mask=(g < G)[:, None] & (i < D)[None, :], other=0.0)
+        q = q.to(tl.float32)
         turn = tl.load(rotation_ptr + i[:, None] * D + d[None, :], mask=(i < D)[:, None] & (d < D)[None, :], other=0.0)
-        rotated += tl.dot(q.to(tl.float32), turn, input_precision="ieee")
-    length = tl.sqrt(tl.sum(rotated * rotated, 1))
+        rotated += tl.dot(q, turn, input_precision="ieee")
+        square += tl.sum(q * q, 1)
+    length = tl.sqrt(square)
     unit = rotated / tl.where(length == 0.0, 1.0, length)[:, None]
     inside = (g < G)[:, None] & (d < D)[None, :]
     tl.store(unit_ptr + (bh * G + g)[:, None] * D + d[None, :], unit.to(tl.float16), mask=inside)
-    tl.store(length_ptr + bh * G + g, length, mask=g < G)
+    tl.store(length_ptr + bh * G + g, length, mask=g < tl.where(tl.program_id(1) == 0, G, 0))
 
 
 @torch.library.custom_op("icecache::rotate_queries", mutates_args=("unit", "length"))
 def _rotate_queries(q: torch.Tensor, rotation: torch.Tensor, unit: torch.Tensor, length: torch.Tensor) -> None:
     b, h, g, d = q.shape
-    _rotate_queries_kernel[(b * h,)](
+    _rotate_queries_kernel[(b * h, triton.cdiv(d, 32))](
         q,
         rotation,
         unit,
@@ -54,7 +57,7 @@ def _rotate_queries(q: torch.Tensor, rotation: torch.Tensor, unit: torch.Tensor,
         G=g,
         GP=max(16, triton.next_power_of_2(g)),
         D=d,
-        DP=max(16, triton.next_power_of_2(d)),
+        CB=32,
         KB=32,
         num_warps=4,
     )

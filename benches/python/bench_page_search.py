@@ -80,7 +80,7 @@ def measure(
         "rotate": lambda: rotate_queries(q, f._rotation, *unit),
         "scan": lambda: page_scan(*unit, f._extents[0], c, f._logits, f._parts, dim**-0.5),
         "select": lambda: page_select(
-            f._logits, f._parts, words, f._extents[0], f._chosen, f._counts, lse, slot_block=SLOT_BLOCK
+            f._logits, f._parts, words, f._extents[0], f._scratch, f._chosen, f._counts, lse, slot_block=SLOT_BLOCK
         ),
         "exact": lambda: page_exact(q, words, f._chosen, f._counts, f._exact, dim**-0.5),
         "pick": lambda: page_pick(

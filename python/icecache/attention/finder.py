@@ -72,6 +72,7 @@ class PageFinder:
     def __init__(self, step: StepShape, shape: FinderShape) -> None:
         from icecache.kernels.page_codes import empty_codes, rotation_matrix
         from icecache.kernels.page_scan import n_parts
+        from icecache.kernels.page_select import select_scratch
 
         self.step, self.shape = step, shape
         searches, rows, heads, group, dim = step.n_searches, step.n_rows, step.n_kv_heads, step.group, step.key_dim
@@ -90,6 +91,7 @@ class PageFinder:
             self._length = floats(rows, heads, group)
             self._logits = floats(units, group, shape.n_slots)
             self._parts = floats(units, n_parts(shape.n_slots), group, 2)
+            self._scratch = ints(select_scratch(units, shape.n_slots, candidates))
             self._chosen, self._counts = ints(units, candidates), ints(units)
             self._lse, self._exact = floats(units, group), floats(units, candidates, group)
             self.host_table = torch.zeros(searches, rows, heads, step.n_pages, dtype=torch.int64, pin_memory=pinned)
@@ -157,7 +159,17 @@ class PageFinder:
         rotate_queries(query, self._rotation, self._unit, self._length)
         page_scan(self._unit, self._length, extents, codes, self._logits, self._parts, scaling, softcap=softcap)
         chosen, counts = self._chosen, self._counts
-        page_select(self._logits, self._parts, codes.words, extents, chosen, counts, self._lse, slot_block=SLOT_BLOCK)
+        page_select(
+            self._logits,
+            self._parts,
+            codes.words,
+            extents,
+            self._scratch,
+            chosen,
+            counts,
+            self._lse,
+            slot_block=SLOT_BLOCK,
+        )
         page_exact(query, codes.words, chosen, counts, self._exact, scaling, softcap=softcap)
         page_pick(
             self._exact,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from icecache.kernels.page_select import MAX_SLOTS, page_select, page_select_ref
+from icecache.kernels.page_select import MAX_SLOTS, page_select, page_select_ref, select_scratch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 64
@@ -23,7 +23,8 @@ def select(logits, words, n_candidates, extents=None):
     chosen, counts = torch.full((units, n_candidates), -7, **ints), torch.full((units,), -7, **ints)
     lse = torch.full((units, group), torch.nan, device=DEVICE)
     at, on_device = torch.tensor(extents, **ints), (x.to(DEVICE) for x in (logits, parts, words.flatten()))
-    page_select(*on_device, at, chosen, counts, lse, slot_block=BLOCK)
+    scratch = torch.full((select_scratch(units, n, n_candidates),), -7, **ints)
+    page_select(*on_device, at, scratch, chosen, counts, lse, slot_block=BLOCK)
     return [row[:k].tolist() for row, k in zip(chosen.cpu(), counts.tolist(), strict=True)], lse.cpu()
 
 
@@ -34,7 +35,7 @@ def some(units, group, n, seed=0):
     return logits.masked_fill((words == 0)[:, None], float("-inf")), words
 
 
-@pytest.mark.parametrize(("group", "n", "k"), [(1, 100, 10), (4, 700, 48), (3, 65, 48)])
+@pytest.mark.parametrize(("group", "n", "k"), [(1, 100, 10), (4, 1100, 48), (3, 65, 48)])
 def test_the_largest_weights_are_those_of_a_full_sort(group, n, k):
     logits, words = some(2, group, n)
     chosen, lse = select(logits, words, k)
@@ -87,4 +88,4 @@ def test_wrong_arguments_are_refused():
         select(logits, words[:, :60], 5)
     too_many = torch.zeros(1, 1, MAX_SLOTS + 1, device="meta")
     with pytest.raises(ValueError, match="at most"):
-        page_select(too_many, *[torch.zeros(1)] * 6, slot_block=BLOCK)
+        page_select(too_many, *[torch.zeros(1)] * 7, slot_block=BLOCK)
