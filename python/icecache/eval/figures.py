@@ -266,7 +266,7 @@ def _costs(results: Results, group: curves.Group, budget: int | None) -> Iterato
         f"Cost: {_name(*group)}",
         f"Means over whole batches ({', '.join(map(str, rows))} rows), on one machine: time to the first token with "
         "the prefill, time a token, bytes of pages that came to the device during an answer. Only full attention and "
-        "what our runtime runs with pages: the other policies mask dense logits here, their time says nothing about them.",
+        "what our runtime runs with pages: the other policies mask dense logits here, their time says nothing of them.",
         to_svg(figure, f"cost-{group[0]}-{group[1]}"),
     )
 
