@@ -384,3 +384,18 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert (index.search(rows[:40], 3).ids == expected).all()
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("metric", ["ip", "l2", "cosine"])
+@pytest.mark.parametrize("beam", [None, 20])
+def test_a_query_has_the_same_result_in_any_batch(metric, beam):
+    """Queries are searched in tiles, on any number of threads; here by codes, with rows removed and one not sealed."""
+    vectors = np.random.default_rng(8).standard_normal((6001, 40), dtype=np.float32)
+    index = Index.build(vectors, metric=metric)
+    index.remove(np.arange(0, 6001, 7))
+    queries = vectors[:39] + 0.1
+    together = index.search(queries, 5, beam=beam, threads=1)
+    assert index.search(queries, 5, beam=beam, threads=2).ids.tolist() == together.ids.tolist()
+    alone = [index.search(query, 5, beam=beam) for query in queries]
+    assert [found.ids.tolist() for found in alone] == together.ids.tolist()
+    assert [found.distances.tolist() for found in alone] == together.distances.tolist()

@@ -11,14 +11,19 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod bytes;
 pub(crate) mod code4;
+pub(crate) mod double;
 pub(crate) mod gather;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod int8;
 pub(crate) mod levels;
+pub(crate) mod lookup;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub(crate) mod promise;
 mod scalar;
+pub(crate) mod select;
 #[cfg(test)]
 mod tests;
 

@@ -22,11 +22,18 @@ pub(super) struct Axes {
 
 /// `out[j * n + i] = rows_i . queries_j`.
 pub(super) fn products(rows: &[f32], queries: &[f32], dim: usize) -> Vec<f32> {
-    let n = rows.len() / dim;
-    let mut out = vec![0.0; n * (queries.len() / dim)];
-    let input = Dots { dtype: Dtype::F32, rows: bytemuck::cast_slice(rows), dim, queries };
-    (kernels().dots)(input, n, &mut out);
+    let mut out = Vec::new();
+    products_into(rows, queries, dim, &mut out);
     out
+}
+
+/// As [`products`], in memory that is there.
+pub(super) fn products_into(rows: &[f32], queries: &[f32], dim: usize, out: &mut Vec<f32>) {
+    let n = rows.len() / dim;
+    out.clear();
+    out.resize(n * (queries.len() / dim), 0.0);
+    let input = Dots { dtype: Dtype::F32, rows: bytemuck::cast_slice(rows), dim, queries };
+    (kernels().dots)(input, n, out);
 }
 
 /// At most `n_axes` axes of a centred sample `[n, dim]`; fewer where the sample spans fewer dimensions.

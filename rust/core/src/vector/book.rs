@@ -11,8 +11,10 @@
 //! axes dealt by variance. With 32 bytes: .979, .985, .989.
 #![forbid(unsafe_code)]
 
-use super::axes::{Axes, principal_axes, products};
-use crate::simd::code4::{GROUP_SUBSPACES, MAX_ENTRY, WORDS, table_place};
+use super::axes::{Axes, principal_axes, products, products_into};
+use super::metric::dot;
+use crate::simd::code4::{GROUP_SUBSPACES, WORDS};
+use crate::simd::lookup::{Scale, Words, fill};
 
 /// Rounds of k-means; later ones change the error by less than 1 %.
 const ROUNDS: usize = 8;
@@ -53,11 +55,10 @@ pub(super) struct Book {
 /// A query as the codes see it.
 #[derive(Debug, Default)]
 pub(super) struct Tables {
-    /// `[subspaces, 16]` in the order of the kernel.
+    /// Tables in the order of the kernel.
     pub(super) entries: Vec<u8>,
     /// Inner product = `offset + step * sum of entries`.
-    pub(super) offset: f32,
-    pub(super) step: f32,
+    pub(super) scale: Scale,
     /// Deviation of the inner product with an offset of unit mean square, over the sample.
     pub(super) deviation: f32,
     /// The same for a query of length 1 and any direction.
@@ -67,13 +68,14 @@ pub(super) struct Tables {
     /// The same for a query of length 1 that is distributed as the offsets are.
     pub(super) mean_error: f32,
     products: Vec<f32>,
+    shares: Vec<f32>,
 }
 
 impl Book {
     /// A book for offsets `[n, dim]`; `None` if they span too little to be worth codes.
     pub(super) fn train(offsets: &[f32], dim: usize, n_rows: usize) -> Option<Self> {
         let n = offsets.len() / dim;
-        let total = (super::metric::dot(offsets, offsets) / n.max(1) as f64) as f32;
+        let total = (dot(offsets, offsets) / n.max(1) as f64) as f32;
         if !ORDINARY.contains(&total) {
             return None;
         }
@@ -147,7 +149,7 @@ impl Book {
     /// Half squares of the coded rows `mean + codewords`, one per list of codes.
     pub(super) fn half_squares(&self, mean: &[f32], codes: &[u8]) -> Vec<f32> {
         let turned = products(&self.axes, mean, self.dim);
-        let own = super::metric::dot(mean, mean);
+        let own = dot(mean, mean);
         let half = |codes: &[u8]| {
             let (mut axis, mut sum) = (0, own);
             for (&width, &code) in self.widths.iter().zip(codes) {
@@ -163,48 +165,26 @@ impl Book {
         codes.chunks_exact(self.n_subspaces()).map(half).collect()
     }
 
-    /// Fills the tables of a query with `query . query = square`.
-    pub(super) fn tables(&self, query: &[f32], square: f64, out: &mut Tables) {
-        let turned = products(&self.axes, query, self.dim);
-        // In f64: squares of long queries leave the range of f32.
-        let (mut spread, mut error, mut inside) = (0.0_f64, 0.0_f64, 0.0_f64);
-        for ((&q, &variance), &missed) in turned.iter().zip(&self.variances).zip(&self.errors) {
-            let square = f64::from(q) * f64::from(q);
-            spread += square * f64::from(variance);
-            error += square * f64::from(missed);
-            inside += square;
-        }
-        let outside = (square - inside).max(0.0) * f64::from(self.rest);
-        out.deviation = ((spread + outside) / f64::from(self.total)).sqrt() as f32;
-        out.error = (error + outside).sqrt() as f32;
+    /// Components of queries `[n, dim]` along the axes, `[n, n_axes]`.
+    pub(super) fn turn(&self, queries: &[f32], out: &mut Vec<f32>) {
+        products_into(&self.axes, queries, self.dim, out);
+    }
+
+    /// Fills the tables of a query with components `turned` and `query . query = square`.
+    pub(super) fn tables(&self, turned: &[f32], square: f64, out: &mut Tables) {
+        // Squares of long queries leave the range of f32, those of unit vectors do not.
+        let per_length = if square > 0.0 { square.sqrt().recip() as f32 } else { 0.0 };
+        out.shares.clear();
+        out.shares.extend(turned.iter().map(|&q| (q * per_length) * (q * per_length)));
+        let inside = if square > 0.0 { dot(turned, turned) / square } else { 0.0 };
+        let outside = (1.0 - inside).max(0.0) * f64::from(self.rest);
+        let spread = dot(&out.shares, &self.variances) + outside;
+        let error = dot(&out.shares, &self.errors) + outside;
+        out.deviation = (square * spread / f64::from(self.total)).sqrt() as f32;
+        out.error = (square * error).sqrt() as f32;
         (out.mean_deviation, out.mean_error) = (self.mean_deviation, self.mean_error);
-        out.products.clear();
-        let (mut words, mut turned, mut range) = (self.words.as_slice(), turned.as_slice(), 0.0_f32);
-        out.offset = 0.0;
-        for &width in &self.widths {
-            let mut entries = [0.0_f32; WORDS];
-            for (q, words) in turned[..width].iter().zip(words.as_chunks::<WORDS>().0) {
-                entries.iter_mut().zip(words).for_each(|(entry, word)| *entry += q * word);
-            }
-            let least = entries.iter().fold(f32::INFINITY, |a, &b| a.min(b));
-            for entry in &mut entries {
-                *entry -= least;
-            }
-            range = entries.iter().fold(range, |a, &b| a.max(b));
-            out.offset += least;
-            out.products.extend_from_slice(&entries);
-            (words, turned) = (&words[width * WORDS..], &turned[width..]);
-        }
-        out.step = (range / f32::from(MAX_ENTRY)).max(f32::MIN_POSITIVE);
-        let per_step = 1.0 / out.step;
-        out.entries.resize(self.n_subspaces() * WORDS, 0);
-        for (subspace, entries) in out.products.as_chunks::<WORDS>().0.iter().enumerate() {
-            let place = &mut out.entries[table_place(subspace) * WORDS..][..WORDS];
-            for (entry, level) in entries.iter().zip(place) {
-                // Adding a half and cutting rounds to nearest; entries are not negative.
-                *level = ((entry * per_step + 0.5) as i32).min(i32::from(MAX_ENTRY)) as u8;
-            }
-        }
+        let words = Words { widths: &self.widths, words: &self.words };
+        out.scale = fill(words, turned, &mut out.products, &mut out.entries);
     }
 }
 
@@ -289,6 +269,7 @@ fn nearest(point: &[f32], words: &[f32]) -> usize {
 mod tests {
     use super::*;
     use crate::pack::tests::noise;
+    use crate::simd::code4::table_place;
 
     #[test]
     fn axes_are_dealt_completely_and_strong_ones_sparingly() {
@@ -311,14 +292,16 @@ mod tests {
             .for_each(|row| row.iter_mut().enumerate().for_each(|(d, x)| *x /= (d + 2) as f32));
         let book = Book::train(&offsets, dim, 3000).unwrap();
         let codes = book.encode(&offsets);
-        let mut tables = Tables::default();
+        let (mut tables, mut turned) = (Tables::default(), Vec::new());
         for query in noise(10 * dim, 12).chunks_exact(dim) {
-            book.tables(query, super::super::metric::dot(query, query), &mut tables);
+            book.turn(query, &mut turned);
+            book.tables(&turned, dot(query, query), &mut tables);
             let (mut error, mut square) = (0.0, 0.0);
             for (row, codes) in offsets.chunks_exact(dim).zip(codes.chunks_exact(book.n_subspaces())) {
                 let entry =
                     |(s, &code): (usize, &u8)| i32::from(tables.entries[table_place(s) * WORDS + code as usize]);
-                let coded = tables.offset + tables.step * codes.iter().enumerate().map(entry).sum::<i32>() as f32;
+                let coded =
+                    tables.scale.offset + tables.scale.step * codes.iter().enumerate().map(entry).sum::<i32>() as f32;
                 let truth: f32 = row.iter().zip(query).map(|(a, b)| a * b).sum();
                 error += (coded - truth) * (coded - truth) / 3000.0;
                 square += truth * truth / 3000.0;

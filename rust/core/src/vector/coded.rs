@@ -3,8 +3,12 @@
 //! A page promises the score of its mean plus `reach` deviations, the deviation being the page's spread times that of the
 //! query over the offsets that the book was made from. The first pages visited are the most promising ones; then every
 //! page whose promise passes the k-th best score so far. So a query decides by itself how many pages it needs, and there
-//! is one pass over the promises instead of one per round. Rows stay in the race while their coded score is within
-//! `margin` deviations of the coding error of the k-th best; those that remain are scored from their stored rows.
+//! is one pass over the promises instead of one per round. Some hundred rows of the best coded scores stay in the race; how
+//! many of them are scored from their stored rows, `finish` decides.
+//!
+//! Queries go in tiles: all of a tile are turned to the axes of the codes and multiplied with every page's mean
+//! together, so that axes and means are read once; the rest is done for one query after the other. Each query's result
+//! is the same in any tile.
 //!
 //! Above 512 blocks of 16 pages the summaries of pages are read only in the blocks whose own summary promises
 //! enough. Rows of the tail are always scored exactly. All of it is deterministic and one thread's work.
@@ -14,21 +18,21 @@ use super::book::Tables;
 use super::codes::Codes;
 use super::filter::Masks;
 use super::metric::{Metric, Prepared};
-use super::search::QuantisedQuery;
 use super::state::State;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES};
-use crate::layout::Dtype;
 use crate::math::{rank_index, rank_key, rank_value};
 use crate::simd::BLOCK;
-use crate::simd::code4::{Shifts, SumCodes, sum_codes};
-use crate::simd::gather::gather;
+use crate::simd::bytes::Levels;
+use crate::simd::code4::{PageCodes, score_pages};
+use crate::simd::promise::Aim;
+use crate::simd::select::{bar, count_at_least, indices_at_least};
 
-/// Rows scored exactly at most, beside those per result.
-const MORE_ROWS: usize = 256;
+/// Queries that share the reading of axes and summaries.
+pub(super) const TILE: usize = 16;
 /// Pages of the first round, before there is a bar to pass.
 const FIRST_PAGES: usize = 24;
-/// Results kept beyond k for the f64 re-ranking.
-const SPARE: usize = 8;
+/// Pages scored in one go.
+const CHUNK: usize = 64;
 
 /// How far a search goes.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,10 +41,10 @@ pub(super) struct Reach {
     pub(super) pages: f32,
     /// The same for blocks of pages, in deviations of their pages' means along the line in which these differ most.
     pub(super) blocks: f32,
-    /// Deviations of the coding error within which a row is scored exactly.
-    pub(super) rows: f32,
-    /// Rows scored exactly at most, per result.
-    pub(super) rows_per_result: usize,
+    /// Rows that stay in the race, about.
+    pub(super) n_rows: usize,
+    /// Deviations of the coding error within which of the k-th best row a row is scored exactly.
+    pub(super) errors: f32,
     /// Exactly this many pages, the most promising ones.
     pub(super) beam: Option<usize>,
 }
@@ -48,6 +52,27 @@ pub(super) struct Reach {
 /// Buffers of one thread's searches.
 #[derive(Debug, Default)]
 pub(super) struct Scratch {
+    pub(super) probes: Vec<Probe>,
+    /// `[queries, dim]`, prepared, and `[queries, axes]`.
+    queries: Vec<f32>,
+    turned: Vec<f32>,
+    pub(super) levels: Levels,
+    /// Per segment: all its rows may be returned.
+    pub(super) whole: Vec<bool>,
+    work: Work,
+    nearest: Vec<(f32, i64)>,
+}
+
+/// One query of a tile.
+#[derive(Debug, Default)]
+pub(super) struct Probe {
+    pub(super) prepared: Prepared,
+    /// Its number in the tile.
+    pub(super) at: usize,
+    /// Size of its levels; 0 for a query too small for levels.
+    pub(super) level: f32,
+    /// How it looks at summaries of pages.
+    pub(super) aim: Aim,
     pub(super) tables: Tables,
     /// Per page ordinal: score of the mean; promise, minus infinity once visited or where there is no live row.
     pub(super) centers: Vec<f32>,
@@ -55,13 +80,25 @@ pub(super) struct Scratch {
     /// Per block: largest promise of its pages, or the block's own.
     pub(super) tops: Vec<f32>,
     pub(super) ranked: Vec<bool>,
+}
+
+/// Buffers that the queries of a tile use one after the other.
+#[derive(Debug, Default)]
+pub(super) struct Work {
     order: Vec<u64>,
     pub(super) floats: Vec<f32>,
-    /// Rank keys: coded score and `16 * ordinal + slot`.
-    rows: Vec<u64>,
-    exact: Vec<f32>,
-    squares: Vec<f32>,
-    decoded: Vec<f32>,
+    pub(super) indices: Vec<u32>,
+    /// Pages to visit.
+    pages: Vec<u32>,
+    /// Rows in the race: coded score and `16 * ordinal + slot`.
+    pub(super) scores: Vec<f32>,
+    pub(super) places: Vec<u32>,
+    /// Rows scored exactly, as places, with their scores.
+    pub(super) chosen: Vec<u32>,
+    pub(super) ranks: Vec<u64>,
+    pub(super) exact: Vec<f32>,
+    pub(super) squares: Vec<f32>,
+    pub(super) decoded: Vec<f32>,
 }
 
 /// What is searched for, and where.
@@ -71,7 +108,6 @@ pub(super) struct Task<'a> {
     pub(super) codes: &'a Codes,
     pub(super) masks: Option<&'a Masks>,
     pub(super) metric: Metric,
-    pub(super) prepared: &'a Prepared,
     /// At least 1 and at most the number of rows that may be returned.
     pub(super) k: usize,
     pub(super) reach: Reach,
@@ -79,50 +115,68 @@ pub(super) struct Task<'a> {
 
 pub(super) struct CodedSearch<'a> {
     pub(super) task: Task<'a>,
-    pub(super) levels: QuantisedQuery,
-    /// Score of the k-th best row so far, and what a row must pass.
-    kth: f32,
+    pub(super) probe: &'a mut Probe,
+    pub(super) levels: &'a Levels,
+    pub(super) whole: &'a [bool],
+    pub(super) work: &'a mut Work,
+    /// What a row must reach to stay in the race.
     floor: f32,
-    /// Rows kept at most; twice as many are collected before the worst are dropped.
-    n_rows: usize,
-    pub(super) scratch: &'a mut Scratch,
-    sum_codes: SumCodes,
     visited: u64,
 }
 
 impl Reach {
-    /// What a search without `beam` does: recall@10 of .95 or more on the three kinds of data of the peer benchmark
-    /// (docs/LOG.md). Rows near an L2 query differ by less than rows of large product do, so they need more care.
-    pub(super) fn of(metric: Metric, beam: Option<usize>) -> Self {
+    /// What a search does: without `beam` recall@10 of .95 or more on the three kinds of data of the peer benchmark
+    /// (docs/LOG.md), random directions and small clusters, which need many rows; with one about as much for rows as for
+    /// pages. Rows near an L2 query differ by less than rows of large product do, so they need more care.
+    pub(super) fn of(metric: Metric, k: usize, beam: Option<usize>) -> Self {
+        let n_rows = |all: usize, per_root: usize| match beam {
+            Some(beam) => (4 * k).saturating_add(per_root * beam.isqrt()),
+            None => all * k + 256,
+        };
         match metric {
-            Metric::InnerProduct => Self { pages: 4.0, blocks: 1.0, rows: 6.0, rows_per_result: 16, beam },
-            Metric::SquaredL2 => Self { pages: 5.0, blocks: 0.3, rows: 8.0, rows_per_result: 16, beam },
-            Metric::Cosine => Self { pages: 5.0, blocks: 0.5, rows: 10.0, rows_per_result: 32, beam },
+            Metric::InnerProduct => Self { pages: 4.0, blocks: 1.0, n_rows: n_rows(16, 10), errors: 4.5, beam },
+            Metric::SquaredL2 => Self { pages: 5.0, blocks: 0.3, n_rows: n_rows(16, 16), errors: 5.0, beam },
+            Metric::Cosine => Self { pages: 5.0, blocks: 0.5, n_rows: n_rows(32, 10), errors: 5.0, beam },
         }
     }
 }
 
-impl<'a> CodedSearch<'a> {
-    pub(super) fn new(task: Task<'a>, scratch: &'a mut Scratch) -> Self {
-        let Prepared { query, square, .. } = task.prepared;
-        task.codes.book.tables(query, f64::from(*square), &mut scratch.tables);
-        scratch.rows.clear();
-        Self {
-            task,
-            levels: QuantisedQuery::new(query),
-            kth: f32::NEG_INFINITY,
-            floor: f32::NEG_INFINITY,
-            n_rows: task.reach.rows_per_result * task.k + MORE_ROWS,
-            scratch,
-            sum_codes: sum_codes(),
-            visited: 0,
+impl Task<'_> {
+    /// Searches a tile of queries, tells `write` the nearest of each in turn, and returns the pages visited.
+    pub(super) fn run(self, queries: &[f32], scratch: &mut Scratch, write: &mut impl FnMut(&[(f32, i64)])) -> u64 {
+        let dim = self.state.dim();
+        let n = queries.len() / dim;
+        scratch.probes.resize_with(n.max(scratch.probes.len()), Probe::default);
+        scratch.levels.clear(dim, n);
+        scratch.queries.clear();
+        for (at, (query, probe)) in queries.chunks_exact(dim).zip(&mut scratch.probes).enumerate() {
+            self.metric.prepare_into(query, &self.state.mean, &mut probe.prepared);
+            (probe.at, probe.level) = (at, scratch.levels.set(at, &probe.prepared.query));
+            scratch.queries.extend_from_slice(&probe.prepared.query);
         }
+        let book = &self.codes.book;
+        book.turn(&scratch.queries, &mut scratch.turned);
+        for (probe, turned) in scratch.probes.iter_mut().zip(scratch.turned.chunks_exact(book.n_axes())) {
+            book.tables(turned, f64::from(probe.prepared.square), &mut probe.tables);
+        }
+        self.rank(scratch, n);
+        let Scratch { probes, levels, whole, work, nearest, .. } = scratch;
+        let mut visited = 0;
+        for probe in &mut probes[..n] {
+            work.scores.clear();
+            work.places.clear();
+            let search = CodedSearch { task: self, probe, levels, whole, work, floor: f32::MIN, visited: 0 };
+            visited += search.run(nearest);
+            write(nearest);
+        }
+        visited
     }
+}
 
+impl CodedSearch<'_> {
     /// Writes the nearest to `nearest` and returns the pages visited.
-    pub(super) fn run(mut self, nearest: &mut Vec<(f32, i64)>) -> u64 {
+    fn run(mut self, nearest: &mut Vec<(f32, i64)>) -> u64 {
         self.score_tail();
-        self.rank();
         match self.task.reach.beam {
             Some(beam) => self.visit_beam(beam),
             None => self.visit_all_that_matter(),
@@ -136,7 +190,7 @@ impl<'a> CodedSearch<'a> {
         let mut scores = [0.0; PAGE_TOKENS];
         for ordinal in self.task.state.tail() {
             let Some(page) = self.task.state.view.page(ordinal) else { continue };
-            self.task.state.score_rows(&self.task.prepared.query, &page, &mut scores);
+            self.task.state.score_rows(&self.probe.prepared.query, &page, &mut scores);
             let mut mask = self.task.masks.map_or(page.live, |masks| masks.of(ordinal));
             while mask != 0 {
                 let slot = mask.trailing_zeros() as usize;
@@ -146,196 +200,172 @@ impl<'a> CodedSearch<'a> {
                     let (block, at) = self.task.state.entry(page.position(slot));
                     score -= block.extra[at];
                 }
-                if score >= self.floor {
-                    self.push(score, ordinal, slot);
-                }
+                self.work.scores.push(score);
+                self.work.places.push((ordinal * PAGE_TOKENS + slot) as u32);
             }
         }
     }
 
-    fn push(&mut self, score: f32, ordinal: usize, slot: usize) {
-        self.scratch.rows.push(rank_key(score, (ordinal * PAGE_TOKENS + slot) as u32));
-        if self.scratch.rows.len() >= 2 * self.n_rows {
-            self.shrink();
-        }
-    }
-
-    /// Keeps the rows that can still be among the k nearest, and raises the bar.
+    /// Keeps the best rows by code.
     fn shrink(&mut self) {
-        if self.scratch.rows.len() < self.task.k {
+        let n_rows = self.task.reach.n_rows;
+        if self.work.scores.len() <= n_rows + n_rows / 16 {
             return;
         }
-        let (_, &mut kth, _) = self.scratch.rows.select_nth_unstable_by(self.task.k - 1, |a, b| b.cmp(a));
-        self.kth = rank_value(kth);
-        self.floor = self.kth - self.task.reach.rows * self.coding_error();
-        let rows = &mut self.scratch.rows;
-        let least = rank_key(self.floor, u32::MAX);
-        rows.retain(|&row| row >= least);
-        if rows.len() > self.n_rows {
-            let (_, &mut last, _) = rows.select_nth_unstable_by(self.n_rows - 1, |a, b| b.cmp(a));
-            rows.truncate(self.n_rows);
-            self.floor = rank_value(last);
+        self.floor = self.floor.max(bar(&self.work.scores, n_rows, n_rows / 16));
+        let mut kept = 0;
+        for at in 0..self.work.scores.len() {
+            let score = self.work.scores[at];
+            (self.work.scores[kept], self.work.places[kept]) = (score, self.work.places[at]);
+            kept += usize::from(score >= self.floor);
         }
-    }
-
-    /// Deviation of coded from true scores near the k-th best.
-    fn coding_error(&self) -> f32 {
-        if self.task.metric == Metric::SquaredL2 {
-            let distance = (self.task.prepared.square - 2.0 * self.kth).max(0.0).sqrt();
-            return self.scratch.tables.mean_error * distance;
+        if kept > 2 * n_rows {
+            // So many rows with equal scores: the first ones.
+            let Work { scores, places, ranks, .. } = &mut *self.work;
+            ranks.clear();
+            ranks.extend(scores[..kept].iter().zip(places.iter()).map(|(&score, &place)| rank_key(score, place)));
+            ranks.select_nth_unstable_by(n_rows, |a, b| b.cmp(a));
+            kept = n_rows;
+            for ((score, place), &rank) in scores.iter_mut().zip(places).zip(&ranks[..kept]) {
+                (*score, *place) = (rank_value(rank), rank_index(rank));
+            }
         }
-        self.scratch.tables.error
+        self.work.scores.truncate(kept);
+        self.work.places.truncate(kept);
     }
 
     fn visit_all_that_matter(&mut self) {
         // As many rows as are needed for a first bar, from twice as many of the best blocks.
         let first = FIRST_PAGES + self.task.k / (PAGE_TOKENS / 2);
-        let bar = self.nth_top(if self.scratch.ranked.contains(&false) { 2 * first } else { first });
-        self.rank_blocks(bar);
-        let bar = if self.scratch.ranked.contains(&false) { self.nth_ranked_top(first) } else { bar };
-        self.visit_from(bar);
-        self.shrink();
-        for block in 0..self.scratch.tops.len() {
-            if self.scratch.tops[block] < self.kth {
-                continue;
-            }
-            if !self.scratch.ranked[block] {
-                self.rank_pages(block);
-            }
-            self.visit_block(block, self.kth);
-        }
+        self.rank_best_blocks(2 * first);
+        self.choose(first);
+        self.visit();
+        let kth = nth_largest(&self.work.scores, self.task.k, &mut self.work.floats);
+        self.rank_blocks(kth);
+        self.collect(kth);
+        self.visit();
     }
 
-    /// Visits all ranked pages that promise at least `bar`.
-    fn visit_from(&mut self, bar: f32) {
-        for block in 0..self.scratch.tops.len() {
-            if self.scratch.ranked[block] && self.scratch.tops[block] >= bar {
-                self.visit_block(block, bar);
-            }
-        }
-    }
-
-    fn visit_block(&mut self, block: usize, bar: f32) {
-        for ordinal in block * BLOCK..(block + 1) * BLOCK {
-            let promise = self.scratch.promises[ordinal];
-            if promise >= bar && promise > f32::NEG_INFINITY {
-                self.visit(ordinal);
-            }
+    /// Ranks the pages of the `n` most promising blocks and of some more that promise as much.
+    fn rank_best_blocks(&mut self, n: usize) {
+        if self.probe.ranked.contains(&false) {
+            let least = bar(&self.probe.tops, n, n / 8);
+            self.rank_blocks(least);
         }
     }
 
     /// Visits the `beam` most promising pages.
     fn visit_beam(&mut self, beam: usize) {
-        let blocks = if self.scratch.ranked.contains(&false) { beam / 2 + FIRST_PAGES } else { usize::MAX };
-        let bar = self.nth_top(blocks);
-        self.rank_blocks(bar);
-        let bar = self.nth_ranked_top(beam);
-        let mut order = std::mem::take(&mut self.scratch.order);
-        order.clear();
-        for block in 0..self.scratch.tops.len() {
-            if !self.scratch.ranked[block] || self.scratch.tops[block] < bar {
-                continue;
+        self.rank_best_blocks(beam / 2 + FIRST_PAGES);
+        self.choose(beam);
+        self.visit();
+    }
+
+    /// Lists the `n` most promising of the ranked pages.
+    fn choose(&mut self, n: usize) {
+        let Work { floats, .. } = &mut *self.work;
+        floats.clear();
+        if self.probe.ranked.contains(&false) {
+            let tops = self.probe.tops.iter().zip(&self.probe.ranked);
+            floats.extend(tops.filter(|(_, ranked)| **ranked).map(|(top, _)| *top));
+        } else {
+            floats.extend_from_slice(&self.probe.tops);
+        }
+        // So many blocks with a page that promises as much hold at least as many pages that do.
+        let least = bar(floats, n, n / 8);
+        self.collect(least);
+        let Work { pages, floats, order, .. } = &mut *self.work;
+        if pages.len() <= n {
+            return;
+        }
+        let promises = &self.probe.promises;
+        floats.clear();
+        floats.extend(pages.iter().map(|&page| promises[page as usize]));
+        let least = bar(floats, n, 0);
+        pages.retain(|&page| promises[page as usize] >= least);
+        if pages.len() > n {
+            order.clear();
+            order.extend(pages.iter().map(|&page| rank_key(promises[page as usize], page)));
+            order.select_nth_unstable_by(n, |a, b| b.cmp(a));
+            pages.clear();
+            pages.extend(order[..n].iter().map(|&page| rank_index(page)));
+        }
+    }
+
+    /// Lists the ranked pages that promise at least `least`.
+    fn collect(&mut self, least: f32) {
+        let Work { pages, indices, .. } = &mut *self.work;
+        if !self.probe.ranked.contains(&false) {
+            indices_at_least(&self.probe.promises, least, pages);
+            return;
+        }
+        pages.clear();
+        for (block, (&top, &ranked)) in self.probe.tops.iter().zip(&self.probe.ranked).enumerate() {
+            if ranked && top >= least {
+                indices_at_least(&self.probe.promises[block * BLOCK..][..BLOCK], least, indices);
+                pages.extend(indices.iter().map(|lane| (block * BLOCK) as u32 + lane));
             }
-            for ordinal in block * BLOCK..(block + 1) * BLOCK {
-                let promise = self.scratch.promises[ordinal];
-                if promise >= bar && promise > f32::NEG_INFINITY {
-                    order.push(rank_key(promise, ordinal as u32));
+        }
+    }
+
+    /// Scores the rows of the listed pages by code.
+    fn visit(&mut self) {
+        let pages = std::mem::take(&mut self.work.pages);
+        let n_rows = self.task.reach.n_rows;
+        let mut scores = [[0.0; PAGE_TOKENS]; CHUNK];
+        for chunk in pages.chunks(CHUNK) {
+            self.visited += chunk.len() as u64;
+            let scores = &mut scores[..chunk.len()];
+            self.score_chunk(chunk, scores);
+            let flat = scores.as_flattened();
+            if count_at_least(flat, self.floor) > n_rows + n_rows / 4 {
+                // Rows below that many of this chunk alone are not among as many of all.
+                self.floor = self.floor.max(bar(flat, n_rows, n_rows / 4));
+            }
+            let Work { indices, scores: kept, places, .. } = &mut *self.work;
+            indices_at_least(flat, self.floor, indices);
+            kept.extend(indices.iter().map(|&at| flat[at as usize]));
+            let tokens = PAGE_TOKENS as u32;
+            places.extend(indices.iter().map(|&at| chunk[(at / tokens) as usize] * tokens + at % tokens));
+            if self.work.scores.len() > 2 * n_rows + CHUNK {
+                self.shrink();
+            }
+        }
+        self.work.pages = pages;
+    }
+
+    /// Scores of the rows of some pages, minus infinity for rows that must not be returned.
+    fn score_chunk(&mut self, chunk: &[u32], scores: &mut [[f32; PAGE_TOKENS]]) {
+        let tables = &self.probe.tables;
+        let mut pages = [PageCodes::NONE; CHUNK];
+        for (slot, &ordinal) in pages.iter_mut().zip(chunk) {
+            let ordinal = ordinal as usize;
+            self.probe.promises[ordinal] = f32::NEG_INFINITY;
+            let (codes, page) = (&self.task.codes.segments[ordinal / SEGMENT_PAGES], ordinal % SEGMENT_PAGES);
+            let base = self.probe.centers[ordinal] + tables.scale.offset;
+            *slot = PageCodes { codes: codes.page(page), base, shifts: codes.shifts(page) };
+        }
+        score_pages()(&pages[..chunk.len()], &tables.entries, tables.scale.step, scores);
+        for (scores, &ordinal) in scores.iter_mut().zip(chunk) {
+            if !self.whole[ordinal as usize / SEGMENT_PAGES] {
+                let allowed = self.task.allowed(ordinal as usize);
+                for (slot, score) in scores.iter_mut().enumerate() {
+                    if allowed >> slot & 1 == 0 {
+                        *score = f32::NEG_INFINITY;
+                    }
                 }
             }
         }
-        if order.len() > beam {
-            order.select_nth_unstable_by(beam - 1, |a, b| b.cmp(a));
-            order.truncate(beam);
-        }
-        for &page in &order {
-            self.visit(rank_index(page) as usize);
-        }
-        self.scratch.order = order;
     }
+}
 
-    /// Scores the rows of a page by code.
-    fn visit(&mut self, ordinal: usize) {
-        self.visited += 1;
-        self.scratch.promises[ordinal] = f32::NEG_INFINITY;
-        let (segment, page) = (ordinal / SEGMENT_PAGES, ordinal % SEGMENT_PAGES);
-        let codes = &self.task.codes.segments[segment];
-        let Tables { step, offset, .. } = self.scratch.tables;
-        let base = self.scratch.centers[ordinal] + offset;
-        let shifts = codes.shifts(page).map(|rows| {
-            let factor = (codes.shift_steps[page] / step * 128.0).round();
-            // The cast saturates; a factor beyond i16 means rows so unlike that their codes say little either way.
-            Shifts { rows, factor: factor as i16 }
-        });
-        // Rounded towards keeping a row; the cast saturates.
-        let least = ((self.floor - base) / step).floor() as i16;
-        let mut sums = [0; PAGE_TOKENS];
-        let passed = (self.sum_codes)(codes.page(page), &self.scratch.tables.entries, shifts, least, &mut sums);
-        if passed == 0 {
-            return;
-        }
-        let mut mask = passed & u32::from(self.allowed(ordinal));
-        while mask != 0 {
-            let slot = mask.trailing_zeros() as usize;
-            mask &= mask - 1;
-            self.push(base + step * f32::from(sums[slot]), ordinal, slot);
-        }
+/// The n-th largest of at least `n` values.
+pub(super) fn nth_largest(values: &[f32], n: usize, floats: &mut Vec<f32>) -> f32 {
+    let least = bar(values, n, 8 + n / 4);
+    floats.clear();
+    floats.extend(values.iter().filter(|&&value| value >= least));
+    if floats.len() < n {
+        return f32::MIN;
     }
-
-    /// Scores the rows that are left from what is stored, and the best of them in f64.
-    fn finish(&mut self, nearest: &mut Vec<(f32, i64)>) {
-        nearest.clear();
-        let (view, layout) = (&self.task.state.view, self.task.state.layout());
-        let mut rows = std::mem::take(&mut self.scratch.rows);
-        let found: Vec<(crate::snapshot::PageView<'_>, usize)> = rows
-            .iter()
-            .filter_map(|&row| {
-                let place = rank_index(row) as usize;
-                Some((view.page(place / PAGE_TOKENS)?, place % PAGE_TOKENS))
-            })
-            .collect();
-        let keys: Vec<&[u8]> = found.iter().map(|(page, slot)| page.row(*slot).key).collect();
-        self.score_exactly(&keys);
-        rows.clear();
-        for (at, (&dot, square)) in self.scratch.exact.iter().zip(&self.scratch.squares).enumerate() {
-            rows.push(rank_key(dot - 0.5 * square, at as u32));
-        }
-        let wanted = self.task.k + SPARE;
-        if rows.len() > wanted {
-            rows.select_nth_unstable_by(wanted - 1, |a, b| b.cmp(a));
-            rows.truncate(wanted);
-        }
-        self.scratch.decoded.resize(layout.key_dim, 0.0);
-        for &row in &rows {
-            let at = rank_index(row) as usize;
-            let (page, slot) = &found[at];
-            crate::rows::decode(layout.dtype, keys[at], &mut self.scratch.decoded);
-            let id = self.task.state.id(page.position(*slot));
-            nearest.push((self.task.metric.distance(self.task.prepared, &self.scratch.decoded), id));
-        }
-        nearest.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
-        nearest.truncate(self.task.k);
-        self.scratch.rows = rows;
-    }
-
-    /// Inner products with rows anywhere, and for L2 their squares (else zero).
-    fn score_exactly(&mut self, keys: &[&[u8]]) {
-        let Scratch { exact, squares, decoded, .. } = &mut *self.scratch;
-        exact.clear();
-        exact.resize(keys.len(), 0.0);
-        squares.clear();
-        squares.resize(keys.len(), 0.0);
-        let l2 = self.task.metric == Metric::SquaredL2;
-        let query = &self.task.prepared.query;
-        if self.task.state.layout().dtype == Dtype::F32 {
-            gather()(keys, query, exact, if l2 { squares } else { &mut [] });
-            return;
-        }
-        decoded.resize(query.len(), 0.0);
-        for (at, key) in keys.iter().enumerate() {
-            crate::rows::decode(self.task.state.layout().dtype, key, decoded);
-            let one: [&[u8]; 1] = [bytemuck::cast_slice(decoded)];
-            let own = if l2 { &mut squares[at..=at] } else { &mut [] };
-            gather()(&one, query, &mut exact[at..=at], own);
-        }
-    }
+    *floats.select_nth_unstable_by(n - 1, |a, b| b.total_cmp(a)).1
 }

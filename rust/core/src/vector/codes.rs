@@ -18,7 +18,7 @@ use crate::config::{GROUP_PAGES, PAGE_TOKENS, SEGMENT_GROUPS, SEGMENT_TOKENS};
 use crate::rows::decode;
 use crate::segment::{Segment, quantise};
 use crate::simd::BLOCK;
-use crate::simd::code4::{GROUP_CODES, GROUP_SUBSPACES};
+use crate::simd::code4::{GROUP_CODES, GROUP_SUBSPACES, Shifts};
 use crate::snapshot::View;
 
 /// Sealed rows from which codes pay: below, reading all rows of the chosen pages costs less than preparing the tables.
@@ -42,7 +42,7 @@ pub(super) struct SegmentCodes {
     pub(super) halves: Box<[f32]>,
     /// L2: `[pages, 16]`, that mean less the row's own half square, in `shift_steps`. Otherwise empty.
     shifts: Box<[i8]>,
-    pub(super) shift_steps: Box<[f32]>,
+    shift_steps: Box<[f32]>,
     page_bytes: usize,
 }
 
@@ -150,8 +150,15 @@ impl SegmentCodes {
     }
 
     /// Corrections of the rows of a page; `None` unless the metric is L2.
-    pub(super) fn shifts(&self, page: usize) -> Option<&[i8; PAGE_TOKENS]> {
-        self.shifts.get(page * PAGE_TOKENS..)?.first_chunk()
+    pub(super) fn shifts(&self, page: usize) -> Option<Shifts<'_>> {
+        let rows = self.shifts.get(page * PAGE_TOKENS..)?.first_chunk()?;
+        Some(Shifts { rows, step: self.shift_steps[page] })
+    }
+
+    /// The stored row of a slot.
+    pub(super) fn key(&self, page: usize, slot: usize) -> &[u8] {
+        let bytes = self.segment.layout().key_bytes();
+        &self.segment.pages().keys(page)[slot * bytes..][..bytes]
     }
 
     fn heap_bytes(&self) -> usize {

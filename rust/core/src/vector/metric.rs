@@ -10,6 +10,8 @@
 #![forbid(unsafe_code)]
 
 use super::error::{Result, VectorError};
+pub(super) use crate::simd::double::dot;
+use crate::simd::double::square_distance;
 
 /// How closeness is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +28,7 @@ pub enum Metric {
 pub(super) const MAX_NORM: f64 = 1e18;
 
 /// A query in the form that scores stored rows.
+#[derive(Debug, Default)]
 pub(super) struct Prepared {
     /// `p` of the table above.
     pub(super) query: Vec<f32>,
@@ -79,15 +82,28 @@ impl Metric {
     }
 
     pub(super) fn prepare(self, query: &[f32], mean: &[f32]) -> Prepared {
-        let mut prepared = vec![0.0; query.len()];
+        let mut prepared = Prepared::default();
+        self.prepare_into(query, mean, &mut prepared);
+        prepared
+    }
+
+    /// As [`prepare`](Self::prepare), in memory that is there.
+    pub(super) fn prepare_into(self, query: &[f32], mean: &[f32], out: &mut Prepared) {
+        out.query.clear();
         match self {
-            Self::InnerProduct => prepared.copy_from_slice(query),
-            Self::SquaredL2 => self.encode(query, mean, &mut prepared),
-            Self::Cosine => self.encode(query, &vec![0.0; mean.len()], &mut prepared),
+            Self::InnerProduct => out.query.extend_from_slice(query),
+            Self::SquaredL2 => {
+                out.query.resize(query.len(), 0.0);
+                self.encode(query, mean, &mut out.query);
+            }
+            Self::Cosine => {
+                let length = norm(query);
+                let scale = if length > 0.0 { 1.0 / length } else { 0.0 };
+                out.query.extend(query.iter().map(|&value| (f64::from(value) * scale) as f32));
+            }
         }
-        let square = dot(&prepared, &prepared) as f32;
-        let shift = dot(&prepared, mean);
-        Prepared { query: prepared, square, shift }
+        out.square = dot(&out.query, &out.query) as f32;
+        out.shift = dot(&out.query, mean);
     }
 
     /// Exact distance to a stored row, summed in f64.
@@ -100,34 +116,6 @@ impl Metric {
         };
         distance as f32
     }
-}
-
-/// Inner product in f64. Eight sums side by side, because one alone waits for each of its additions.
-pub(super) fn dot(left: &[f32], right: &[f32]) -> f64 {
-    let mut sums = [0.0f64; 8];
-    let (left_blocks, left_rest) = left.as_chunks::<8>();
-    let (right_blocks, right_rest) = right.as_chunks::<8>();
-    for (a, b) in left_blocks.iter().zip(right_blocks) {
-        for lane in 0..8 {
-            sums[lane] += f64::from(a[lane]) * f64::from(b[lane]);
-        }
-    }
-    let rest: f64 = left_rest.iter().zip(right_rest).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum();
-    sums.iter().sum::<f64>() + rest
-}
-
-/// Squared distance in f64, summed as [`dot`] does.
-fn square_distance(left: &[f32], right: &[f32]) -> f64 {
-    let square = |a: f32, b: f32| (f64::from(a) - f64::from(b)) * (f64::from(a) - f64::from(b));
-    let mut sums = [0.0f64; 8];
-    let (left_blocks, left_rest) = left.as_chunks::<8>();
-    let (right_blocks, right_rest) = right.as_chunks::<8>();
-    for (a, b) in left_blocks.iter().zip(right_blocks) {
-        for lane in 0..8 {
-            sums[lane] += square(a[lane], b[lane]);
-        }
-    }
-    sums.iter().sum::<f64>() + left_rest.iter().zip(right_rest).map(|(&a, &b)| square(a, b)).sum::<f64>()
 }
 
 pub(super) fn norm(row: &[f32]) -> f64 {

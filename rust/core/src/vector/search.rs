@@ -16,14 +16,13 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use super::best::{Best, Candidate};
-use super::coded::{CodedSearch, Reach, Scratch, Task};
+use super::coded::{Reach, Scratch, TILE, Task};
 use super::error::{Result, VectorError};
 use super::filter::{Filter, Masks};
 use super::metric::{Metric, Prepared};
+use super::quantised::QuantisedQuery;
 use super::state::State;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES};
-use crate::segment::Summaries;
-use crate::simd::{BLOCK, kernels};
 
 /// Expected share of the k nearest that the default search may leave unseen; a fifth of the promised 1 - .95, because
 /// the normal model errs on heavy tails.
@@ -84,6 +83,16 @@ impl Effort<'_> {
     }
 }
 
+/// What all queries of a batch share.
+#[derive(Clone, Copy)]
+struct Job<'a> {
+    state: &'a State,
+    metric: Metric,
+    k: usize,
+    effort: Effort<'a>,
+    masks: Option<&'a Masks>,
+}
+
 /// Search many queries into a reserved result, on the pool this is called in; `queries` is checked.
 pub(super) fn search_batch(
     state: &Arc<State>,
@@ -94,51 +103,55 @@ pub(super) fn search_batch(
     parallel: bool,
     mut found: Neighbours,
 ) -> Neighbours {
-    let masks = effort.filter.map(|filter| filter.compile(state));
-    let one =
-        |scratch: &mut Scratch, query: &[f32]| search_one(state, metric, query, k, effort, masks.as_deref(), scratch);
     let dim = state.dim();
-    let rows: Vec<(Vec<(f32, i64)>, u64)> = if parallel {
-        queries.par_chunks_exact(dim).map_init(Scratch::default, one).collect()
-    } else {
-        let mut scratch = Scratch::default();
-        queries.chunks_exact(dim).map(|query| one(&mut scratch, query)).collect()
-    };
-    for (row, (nearest, visited)) in rows.into_iter().enumerate() {
-        found.visited_pages += visited;
-        for (rank, (distance, id)) in nearest.into_iter().enumerate() {
-            found.ids[row * k + rank] = id;
-            found.distances[row * k + rank] = distance;
-        }
+    if k == 0 || queries.is_empty() {
+        return found;
     }
+    let masks = effort.filter.map(|filter| filter.compile(state));
+    let job = Job { state, metric, k, effort, masks: masks.as_deref() };
+    let share = if parallel { queries.len() / dim / rayon::current_num_threads() } else { TILE };
+    let tile = share.clamp(1, TILE);
+    let run = |scratch: &mut Scratch, ((queries, ids), distances): ((&[f32], &mut [i64]), &mut [f32])| {
+        job.run(queries, ids, distances, scratch)
+    };
+    found.visited_pages = if parallel {
+        let ids = found.ids.par_chunks_mut(tile * k);
+        let tiles = queries.par_chunks(tile * dim).zip(ids).zip(found.distances.par_chunks_mut(tile * k));
+        tiles.map_init(Scratch::default, run).sum()
+    } else {
+        let ids = found.ids.chunks_mut(tile * k);
+        let tiles = queries.chunks(tile * dim).zip(ids).zip(found.distances.chunks_mut(tile * k));
+        let mut scratch = Scratch::default();
+        tiles.map(|tile| run(&mut scratch, tile)).sum()
+    };
     found
 }
 
-fn search_one(
-    state: &State,
-    metric: Metric,
-    query: &[f32],
-    k: usize,
-    effort: Effort<'_>,
-    masks: Option<&Masks>,
-    scratch: &mut Scratch,
-) -> (Vec<(f32, i64)>, u64) {
-    let all = effort.exact || effort.beam.is_some_and(|beam| beam >= state.n_segments() * SEGMENT_PAGES);
-    let k = k.min(masks.map_or(state.n_live, |masks| masks.n_live));
-    match &state.codes {
-        Some(codes) if !all && k > 0 => {
-            let prepared = metric.prepare(query, &state.mean);
-            let reach = Reach::of(metric, effort.beam);
-            let mut nearest = Vec::with_capacity(k + SPARE);
-            let task = Task { state, codes, masks, metric, prepared: &prepared, k, reach };
-            let visited = CodedSearch::new(task, scratch).run(&mut nearest);
-            (nearest, visited)
+impl Job<'_> {
+    /// Searches some queries into their rows of the result; returns how many pages were visited.
+    fn run(self, queries: &[f32], ids: &mut [i64], distances: &mut [f32], scratch: &mut Scratch) -> u64 {
+        let Self { state, metric, effort, masks, .. } = self;
+        let mut rows = ids.chunks_mut(self.k).zip(distances.chunks_mut(self.k));
+        let mut write = |nearest: &[(f32, i64)]| {
+            let Some((ids, distances)) = rows.next() else { return };
+            for (((distance, id), distance_out), id_out) in nearest.iter().zip(distances).zip(ids) {
+                (*distance_out, *id_out) = (*distance, *id);
+            }
+        };
+        let all = effort.exact || effort.beam.is_some_and(|beam| beam >= state.n_segments() * SEGMENT_PAGES);
+        let k = self.k.min(masks.map_or(state.n_live, |masks| masks.n_live));
+        if let (Some(codes), false, true) = (&state.codes, all, k > 0) {
+            let reach = Reach::of(metric, k, effort.beam);
+            return Task { state, codes, masks, metric, k, reach }.run(queries, scratch, &mut write);
         }
-        _ => {
+        let one = |query| {
             let mut search = Search::new(state, metric, query, k, masks);
             search.run(effort);
-            search.finish()
-        }
+            let (nearest, visited) = search.finish();
+            write(&nearest);
+            visited
+        };
+        queries.chunks_exact(state.dim()).map(one).sum()
     }
 }
 
@@ -337,47 +350,6 @@ impl<'a> Search<'a> {
         nearest.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         nearest.truncate(self.k);
         (nearest, self.visited)
-    }
-}
-
-/// A query in 16-bit levels, for the integer scan of the page means.
-pub(super) struct QuantisedQuery {
-    /// `[2 * pairs]`, zero padded.
-    pub(super) levels: Vec<i16>,
-    pub(super) scale: f32,
-}
-
-impl QuantisedQuery {
-    /// Size of a level; 0 for a query too small for levels.
-    pub(super) fn scale(&self) -> f32 {
-        if self.scale.is_normal() { self.scale } else { 0.0 }
-    }
-
-    pub(super) fn new(query: &[f32]) -> Self {
-        // Largest level for which a sum of dim products with 7-bit levels stays within 31 bits.
-        let top = (f64::from(1u32 << 24) / query.len() as f64).min(32_000.0).floor() as f32;
-        let max = query.iter().fold(0.0f32, |max, value| max.max(value.abs()));
-        let scale = max / top;
-        let mut levels = vec![0; query.len().next_multiple_of(2)];
-        if scale.is_normal() {
-            for (level, value) in levels.iter_mut().zip(query) {
-                *level = (value / scale).round() as i16;
-            }
-        }
-        Self { levels, scale }
-    }
-
-    /// Inner products with all page means of a segment.
-    pub(super) fn dots(&self, summaries: &Summaries) -> Vec<f32> {
-        let pairs = self.levels.len() / 2;
-        let mut dots = Vec::with_capacity(summaries.n_blocks() * BLOCK);
-        let mut raw = [0i32; BLOCK];
-        for block in 0..summaries.n_blocks() {
-            (kernels().scan)(summaries.block(block), &self.levels, pairs, &mut raw);
-            let scales = &summaries.scales[block * BLOCK..][..BLOCK];
-            dots.extend(raw.iter().zip(scales).map(|(&sum, &scale)| sum as f32 * scale * self.scale));
-        }
-        dots
     }
 }
 
