@@ -103,33 +103,47 @@ struct Row {
     read_pages: f64,
 }
 
-/// Trees of both profiles over the same keys, and their build times in microseconds per key. Builds are interleaved, so
-/// that a busy moment hits both. All trees are kept: a decode step visits a tree per layer and head, so the queries
-/// rotate over enough of them that keys come from memory and not from the cache of the last query.
-fn builds(pool: &ThreadPool, raw: &[u8], n: usize) -> (Vec<Mdci>, Vec<Forest>, f64, f64) {
-    let (mut papers, mut ices, mut paper_us, mut ice_us) = (Vec::new(), Vec::new(), f64::INFINITY, f64::INFINITY);
-    let paper = || Mdci::build(pool, store(), MdciOptions::for_dtype(Dtype::F32), raw, raw).unwrap();
-    let ice = || {
+/// Trees of both profiles over the same keys, all of them kept: a decode step visits a tree per layer and head, so the
+/// queries rotate over enough of them that keys come from memory and not from the cache of the last query.
+struct Trees {
+    papers: Vec<Mdci>,
+    ices: Vec<Forest>,
+    /// Microseconds a key of a build and of an insert, `paper` and `ice`.
+    build_us: [f64; 2],
+    insert_us: [f64; 2],
+}
+
+/// Builds and inserts are interleaved, so that a busy moment hits both, and repeated on trees that are dropped at once:
+/// memory that nobody has used before costs more than either.
+fn trees(pool: &ThreadPool, raw: &[u8], n: usize) -> Trees {
+    let build_paper = || Mdci::build(pool, store(), MdciOptions::for_dtype(Dtype::F32), raw, raw).unwrap();
+    let build_ice = || {
         let ice = Forest::new(store(), 1).unwrap();
         extend(pool, &[ExtendRow { forest: &ice, keys: raw, values: raw }]).unwrap();
         ice
     };
-    // Dropped at once: memory that nobody has used before costs more than either build.
+    let steps = || raw[..INSERTS.min(n) * DIM * 4].chunks_exact(16 * DIM * 4);
+    let inserted = (16 * steps().len()) as f64;
+    let (mut build_us, mut insert_us) = ([f64::INFINITY; 2], [f64::INFINITY; 2]);
     for _ in 0..(KEYS_IN_MEMORY / n).clamp(3, 12) {
-        paper_us = paper_us.min(cpu_us(paper).1 / n as f64);
-        ice_us = ice_us.min(cpu_us(ice).1 / n as f64);
+        let (mut paper, built) = cpu_us(build_paper);
+        let ((), grown) = cpu_us(|| steps().for_each(|rows| paper.insert(rows, rows).unwrap()));
+        (build_us[0], insert_us[0]) = (build_us[0].min(built / n as f64), insert_us[0].min(grown / inserted));
+        drop(paper);
+        let (ice, built) = cpu_us(build_ice);
+        let ((), grown) = cpu_us(|| {
+            steps().for_each(|keys| extend(pool, &[ExtendRow { forest: &ice, keys, values: keys }]).unwrap());
+        });
+        (build_us[1], insert_us[1]) = (build_us[1].min(built / n as f64), insert_us[1].min(grown / inserted));
     }
-    for _ in 0..(KEYS_IN_MEMORY / n).max(2) {
-        papers.push(paper());
-        ices.push(ice());
-    }
-    (papers, ices, paper_us, ice_us)
+    let (papers, ices) = (0..(KEYS_IN_MEMORY / n).max(2)).map(|_| (build_paper(), build_ice())).unzip();
+    Trees { papers, ices, build_us, insert_us }
 }
 
 fn run(data: &keys::Data, pool: &ThreadPool) {
     let n = data.keys.len() / DIM;
     let raw = bytes(&data.keys);
-    let (mut papers, ices, paper_build, ice_build) = builds(pool, &raw, n);
+    let Trees { papers, ices, build_us, insert_us } = trees(pool, &raw, n);
     let one = |q: usize| &data.queries[q % QUERIES * GROUP * DIM..][..DIM];
     let group = |q: usize| &data.queries[q % QUERIES * GROUP * DIM..][..GROUP * DIM];
     let (field, mut scratch) = (Field::for_tokens(n), Scratch::default());
@@ -147,7 +161,7 @@ fn run(data: &keys::Data, pool: &ThreadPool) {
     let ice_group = time(REPEATS, QUERIES, |q| {
         black_box(search(pool, &[&ices[q % ices.len()]], group(q), GROUP, &options).unwrap());
     });
-    let (paper, ice) = (&mut papers[0], &ices[0]);
+    let (paper, ice) = (&papers[0], &ices[0]);
     let truth: Vec<Vec<f64>> = data.queries.chunks_exact(DIM).map(|query| weights(&data.keys, query)).collect();
     let scored = distances as f64 / (REPEATS * QUERIES) as f64;
     let masses: Vec<f64> =
@@ -171,30 +185,22 @@ fn run(data: &keys::Data, pool: &ThreadPool) {
         fill(paper_pages),
         fill(ice_pages),
     );
-    // Inserts last: they change the trees.
-    let rows = &raw[..INSERTS.min(n) * DIM * 4];
-    let steps = || rows.chunks_exact(16 * DIM * 4);
-    let ((), paper_insert) = cpu_us(|| steps().for_each(|rows| paper.insert(rows, rows).unwrap()));
-    let ((), ice_insert) = cpu_us(|| {
-        steps().for_each(|keys| extend(pool, &[ExtendRow { forest: ice, keys, values: keys }]).unwrap());
-    });
-    let inserted = (16 * steps().len()) as f64;
     let candidates = (6 * PAGES).max(96) as f64;
     let rows = [
         Row {
             profile: "paper",
-            build_us: paper_build,
+            build_us: build_us[0],
             one_us: paper_one,
             group_us: paper_group,
-            insert_us: paper_insert / inserted,
+            insert_us: insert_us[0],
             read_pages: scored / fill(paper_pages),
         },
         Row {
             profile: "ice",
-            build_us: ice_build,
+            build_us: build_us[1],
             one_us: ice_one,
             group_us: ice_group,
-            insert_us: ice_insert / inserted,
+            insert_us: insert_us[1],
             read_pages: candidates,
         },
     ];
