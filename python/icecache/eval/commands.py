@@ -24,6 +24,7 @@ def add_eval_parser(commands: Commands) -> None:
     parts = evaluate.add_subparsers(dest="part", required=True, metavar="PART")
     _add_run(parts)
     _add_report(parts)
+    _add_attention(parts)
     _add_data(parts)
     _add_harness(parts)
 
@@ -93,6 +94,29 @@ def _add_report(parts: Commands) -> None:
     )
 
 
+def _add_attention(parts: Commands) -> None:
+    attention = parts.add_parser(
+        "attention",
+        help="what policies keep of the model's attention, by layer and KV head",
+        description="Captured mass, output error, top tokens, packing and search regret, and the error of the "
+        "estimated mass; every policy is fed full attention's answer.",
+        allow_abbrev=False,
+    )
+    attention.add_argument("--out", type=Path, required=True, metavar="DIR", help="for attention.json, attention.md")
+    attention.add_argument("--model", metavar="M", help="needle-3m (default, shipped), a folder, or a hub id")
+    attention.add_argument("--suite", type=task_list, metavar="A,B,...", help="default needle; other models: passkey")
+    attention.add_argument("--tasks", type=task_list, metavar="A,B,...", help="of these suites")
+    attention.add_argument("--lengths", type=count_list, metavar="N,N,...", help="tokens, such as 8k")
+    attention.add_argument("--policies", type=task_list, metavar="A,B,...", help="default icecache")
+    attention.add_argument("--budgets", type=count_list, metavar="N,N,...", help="tokens attended (default 64,256)")
+    attention.add_argument("--limit", type=int, metavar="N", help="samples a task and length (default 2)")
+    attention.add_argument("--data-dir", type=Path, metavar="DIR", help="official data files")
+    attention.add_argument("--device", help="cpu (default), cuda, ...")
+    attention.add_argument("--dtype", help="as in run")
+    attention.add_argument("--seed", type=int, help="of samples and policies (default 0)")
+    attention.add_argument("--dense-layers", choices=["matched", "published"], help="as in run")
+
+
 def _add_data(parts: Commands) -> None:
     data = parts.add_parser("data", help="official data files of a folder", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -133,6 +157,7 @@ def run_command(args: argparse.Namespace) -> int:
         "run": _run,
         "report": _report,
         "compare": _compare,
+        "attention": _attention,
         "selftest": _selftest,
         "data": _data,
         "harness": _harness,
@@ -172,6 +197,17 @@ def _compare(args: argparse.Namespace) -> int:
     from icecache.eval.compare import compare
 
     print(compare(args.folders, args.arms or ()))
+    return 0
+
+
+def _attention(args: argparse.Namespace) -> int:
+    from icecache.eval.options import EvalOptions
+
+    given = {k: v for k, v in vars(args).items() if k in EvalOptions.__dataclass_fields__ and v is not None}
+    options = EvalOptions(**given, controls=())
+    from icecache.eval.attention import run_attention
+
+    run_attention(options, print)
     return 0
 
 
