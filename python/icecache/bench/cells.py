@@ -58,6 +58,8 @@ class Outcome:
     ----------
     tpot_ms_p50, tpot_ms_p99, tpot_ms_mean : float
         Milliseconds a token (of the whole batch), host clock, the device waited for after each token.
+    steps_ms : list of float
+        Each of these times.
     first_ms : float
         The first step: capture, or loading of kernels.
     fill_s : float
@@ -74,6 +76,7 @@ class Outcome:
     tpot_ms_p50: float = float("nan")
     tpot_ms_p99: float = float("nan")
     tpot_ms_mean: float = float("nan")
+    steps_ms: list[float] = field(default_factory=list)
     first_ms: float = float("nan")
     fill_s: float = float("nan")
     tt2t_s: float = float("nan")
@@ -207,6 +210,7 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device, *, parts:
         tpot_ms_p50=float(np.median(times)),
         tpot_ms_p99=float(np.percentile(times, 99)),
         tpot_ms_mean=float(np.mean(times)),
+        steps_ms=[round(ms, 3) for ms in times],
         first_ms=warm[0],
         fill_s=fill_s,
         tt2t_s=fill_s + warm[0] / 1e3 if cell.prompt else nan,

@@ -26,6 +26,7 @@ _BUDGETED = "ice"
 _CELL = re.compile(
     r"(?P<method>[a-z0-9-]+)@(?P<context>[1-9]\d*)(?P<unit>[kK]?)(x(?P<batch>[1-9]\d*))?(:(?P<budget>\d+))?"
 )
+_LONG = ("cell", "machine", "steps_ms")
 _FIGURES = ("tpot_ms_p50", "tpot_ms_p99", "search_us_layer", "fill_s", "tt2t_s", "first_ms")
 
 
@@ -159,7 +160,7 @@ def _short(line: dict[str, object]) -> dict[str, object]:
     cell = line["cell"]
     assert isinstance(cell, dict)
     kept = {name: cell[name] for name in ("method", "context", "budget", "batch")}
-    rest = {name: x for name, x in line.items() if name not in ("cell", "machine") and x not in ("", 0)}
+    rest = {name: x for name, x in line.items() if name not in _LONG and x not in ("", 0)}
     return kept | {name: round(x, 3) if isinstance(x, float) else x for name, x in rest.items()}
 
 

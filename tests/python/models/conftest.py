@@ -21,24 +21,31 @@ def quiet_torch():
 
 @pytest.fixture
 def late(monkeypatch):
-    """Inserts end only when a step waits for them; returns how often that was."""
-    waiting, waits = threading.Semaphore(0), []
-    insert, wait = ahead.insert, ahead._wait_for
+    """Inserts end only when a step, or the end of the runtime, waits for them; returns how often that was a step."""
+    wanted, closing, waits = threading.Semaphore(0), threading.Event(), []
+    insert, wait, close = ahead.insert, ahead._wait_for, ahead.Inserter.close
 
     def slow(*arguments):
-        waiting.acquire()
+        while not wanted.acquire(timeout=0.02) and not closing.is_set():
+            pass
         insert(*arguments)
 
     def wait_for(job, *arguments):
         assert not job.done()
         waits.append(job)
-        waiting.release()
+        wanted.release()
         wait(job, *arguments)
+
+    def close_at_last(inserter):
+        closing.set()
+        close(inserter)
+        closing.clear()
 
     monkeypatch.setattr(ahead, "insert", slow)
     monkeypatch.setattr(ahead, "_wait_for", wait_for)
+    monkeypatch.setattr(ahead.Inserter, "close", close_at_last)
     yield waits
-    waiting.release(1000)
+    closing.set()
 
 
 @pytest.fixture
