@@ -12,6 +12,7 @@ KERNELS = {
     "_mailbox_wait_kernel": "search",
     "_mailbox_post_kernel": "search",
     "_page_": "search",
+    "_best_of_": "search",
     "_rotate_queries_kernel": "search",
     "_paged_decode_kernel": "attention and pages",
     "_merge_splits_kernel": "attention and pages",
