@@ -228,6 +228,7 @@ class IceRuntime:
             pages_read=recorder.pages_read,
             bytes_to_device=recorder.bytes_to_device,
             bytes_to_host=recorder.bytes_to_host,
+            summary_bytes=0 if self._hooks.decoder is None else self._hooks.decoder.summary_bytes(),
             device_bytes=sum(p.near.nbytes() for p in pages)
             + sum(k.nbytes + v.nbytes for k, v in dense)
             + sum(w.nbytes() for w in whole),

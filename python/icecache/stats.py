@@ -44,13 +44,16 @@ class RuntimeStats:
         Bytes of keys and values copied from the page store for attention.
     bytes_to_host : int
         Bytes of keys and values that left the compute device for the page store.
+    summary_bytes : int
+        Summaries of pages that graph steps search, on the device and not in `device_bytes`. They are kept for the next
+        sequence until `unwrap`.
     device_bytes, host_bytes, index_bytes : int
         Bytes held now by the live caches on the compute device, in the page stores they use, and in the index beside
         the pages. Pages shared by forks count once; `index_bytes` counts what forks share once per fork. A cache
         adopted from another runtime uses that runtime's page store.
     ms : dict of str to float
-        Wall time by part, in milliseconds: prefill_offload, index_build, insert_wait, search, transfer, attention. On a
-        CUDA device prompts and inserts are built in the background, and insert_wait is how long steps waited for
+        Wall time by part, in milliseconds: prefill_offload, index_build, insert_wait, summaries (the host's part),
+        search (on the host only), transfer, attention. On a CUDA device prompts and inserts are built in the background, and insert_wait is how long steps waited for
         inserts; work is queued, so attention shows the time to enqueue it.
     mass_kept : float
         Mean estimated share of the softmax that the attended tokens hold, over heads, layers and decode steps; NaN
@@ -70,6 +73,7 @@ class RuntimeStats:
     pages_read: int
     bytes_to_device: int
     bytes_to_host: int
+    summary_bytes: int
     device_bytes: int
     host_bytes: int
     index_bytes: int

@@ -139,6 +139,10 @@ class GraphDecoder:
             self._done.synchronize()  # sync: the step before must be over; generate has waited for it already
         self.search.end(step)
 
+    def summary_bytes(self) -> int:
+        """Bytes of summaries of pages on the device."""
+        return sum(step.finder.nbytes() for step in self._steps.values() if step.finder is not None)
+
     def device_bytes(self) -> int:
         """Bytes of tables and of near buffers, whether a sequence lives in them or not."""
         return sum(step.nbytes() for step in self._steps.values())

@@ -77,6 +77,7 @@ def test_steps_give_the_logits_of_eager_steps_under_a_small_budget(planes):
     assert stats.attended_max <= 64 + 1 + 15
     assert 0.0 < stats.mass_kept <= 1.0
     assert stats.ms["summaries"] > 0
+    assert stats.summary_bytes > 0
 
 
 @pytest.mark.parametrize("reuse", [2, pytest.param(3, marks=pytest.mark.gpu)])
