@@ -53,8 +53,9 @@ class RuntimeStats:
         adopted from another runtime uses that runtime's page store.
     ms : dict of str to float
         Wall time by part, in milliseconds: prefill_offload, index_build, insert_wait, summaries (the host's part),
-        search (on the host only), transfer, attention. On a CUDA device prompts and inserts are built in the background, and insert_wait is how long steps waited for
-        inserts; work is queued, so attention shows the time to enqueue it.
+        search (on the host only), transfer, attention. On a CUDA device prompts and inserts are built in the
+        background, and insert_wait is how long steps waited for inserts; work is queued, so attention shows the time to
+        enqueue it.
     mass_kept : float
         Mean estimated share of the softmax that the attended tokens hold, over heads, layers and decode steps; NaN
         before the first decode step and for policies that score nothing ("random", "streaming"). Exact for
