@@ -25,6 +25,7 @@ def add_eval_parser(commands: Commands) -> None:
     _add_run(parts)
     _add_report(parts)
     _add_attention(parts)
+    _add_paper(parts)
     _add_data(parts)
     _add_harness(parts)
 
@@ -117,6 +118,17 @@ def _add_attention(parts: Commands) -> None:
     attention.add_argument("--dense-layers", choices=["matched", "published"], help="as in run")
 
 
+def _add_paper(parts: Commands) -> None:
+    paper = parts.add_parser(
+        "paper",
+        help="the runs behind the paper's tables for one of its models, and the tables of what has run",
+        allow_abbrev=False,
+    )
+    paper.add_argument("--model", required=True, metavar="M", help="checkpoint of the paper, part of its name, folder")
+    paper.add_argument("--out", type=Path, default=Path("paper"), metavar="DIR", help="of the runs (default: paper)")
+    paper.add_argument("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="default: data")
+
+
 def _add_data(parts: Commands) -> None:
     data = parts.add_parser("data", help="official data files of a folder", allow_abbrev=False)
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -158,6 +170,7 @@ def run_command(args: argparse.Namespace) -> int:
         "report": _report,
         "compare": _compare,
         "attention": _attention,
+        "paper": _paper,
         "selftest": _selftest,
         "data": _data,
         "harness": _harness,
@@ -208,6 +221,14 @@ def _attention(args: argparse.Namespace) -> int:
     from icecache.eval.attention import run_attention
 
     run_attention(options, print)
+    return 0
+
+
+def _paper(args: argparse.Namespace) -> int:
+    from icecache.eval.paper import paper
+
+    for paragraph in paper(args.model, args.out, args.data_dir):
+        print(f"{paragraph}\n")
     return 0
 
 

@@ -12,7 +12,7 @@ from icecache.eval.needle.model import load_needle, needle_path, without_progres
 from icecache.eval.options import SHIPPED
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,21 @@ def open_model(name: str) -> ModelSource:
     digest = (
         model_sha256(Path(path)) if Path(path).is_dir() else str(getattr(config, "_commit_hash", None) or "unknown")
     )
-    return ModelSource(
-        name, path, tokenizer, text.num_hidden_layers, getattr(text, "max_position_embeddings", None), digest
-    )
+    return ModelSource(name, path, tokenizer, text.num_hidden_layers, most_positions(text), digest)
+
+
+def most_positions(config: PretrainedConfig) -> int | None:
+    """Positions that a text decoder is made for; None: its config names none.
+
+    Configs with linear RoPE scaling may name the unscaled length (LongChat: 4096, factor 8), those with YaRN put in by
+    hand keep the old one (Qwen3: 40960, factor 4 of 32768): the longer of the two counts.
+    """
+    named: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kind, factor = rope.get("rope_type", rope.get("type")), rope.get("factor")
+    if named is None or factor is None or kind not in {"linear", "yarn"}:
+        return named
+    return max(named, int(factor * (rope.get("original_max_position_embeddings") or named)))
 
 
 def check_device(device: str) -> None:
