@@ -130,11 +130,13 @@ impl Reach {
     /// pages. Rows near an L2 query differ by less than rows of large product do, so they need more care.
     pub(super) fn of(metric: Metric, k: usize, beam: Option<usize>) -> Self {
         let n_rows = |all: usize, per_root: usize| match beam {
-            Some(beam) => (4 * k).saturating_add(per_root * beam.isqrt()),
+            Some(beam) => (4 * k).saturating_add((per_root * beam.isqrt()).max(beam / 2)),
             None => all * k + 256,
         };
+        // Who asks for many pages asks for the last hundredth of the neighbours too.
+        let more = beam.map_or(1.5, |beam| (beam as f32 / 512.0).min(2.0));
         match metric {
-            Metric::InnerProduct => Self { pages: 4.0, blocks: 1.0, n_rows: n_rows(16, 10), errors: 4.5, beam },
+            Metric::InnerProduct => Self { pages: 4.0, blocks: 1.0, n_rows: n_rows(16, 10), errors: 4.5 + more, beam },
             Metric::SquaredL2 => Self { pages: 5.0, blocks: 0.3, n_rows: n_rows(16, 16), errors: 5.0, beam },
             Metric::Cosine => Self { pages: 5.0, blocks: 0.5, n_rows: n_rows(32, 10), errors: 5.0, beam },
         }
