@@ -121,6 +121,8 @@ def run_attention(options: EvalOptions, write: Callable[[str], None]) -> list[He
     if not rows:
         msg = "no layer read pages or a choice of tokens: every layer is dense, or samples are shorter than dense_below"
         raise DataError(msg)
+    if silent := [name for name, steps in found.items() if not steps]:
+        write(f"not measured, because every layer was dense: {', '.join(silent)}")
     header = {**identity(options, source), **asdict(describe_run(this_command(), options.device))}
     header |= {"tasks": [cell.label for cell in cells], "samples": sum(len(cell.prompts) for cell in cells)}
     save(options.out, header, rows)

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from icecache import _core
+from icecache.config import PAGE_TOKENS
 from icecache.errors import UnsupportedModelError
 from icecache.eval.heads import HeadStep, Measured, measure
 from icecache.hf.cache import Call, RetrievalLayer
@@ -85,9 +87,10 @@ class Watch:
             new = call.keys[:, :, -n_new:], call.values[:, :, -n_new:]
             keys, values = torch.cat([old[0], new[0]], 2), torch.cat([old[1], new[1]], 2)
             self._kept[layer.layer_idx] = keys, values
-            # No event: the layer attended to everything.
-            if self._event is not None and n_new == 1:
-                self._measure(layer, call, out, self._event)
+            event = self._event or near_only(layer, call.keys.shape[1])
+            # Neither: the layer is dense.
+            if event is not None and n_new == 1:
+                self._measure(layer, call, out, event)
             return out
 
         return attend_and_measure
@@ -109,6 +112,23 @@ class Watch:
         true = sum(head.mass for head in heads) / len(heads)
         estimate = self._runtime.stats().mass_kept
         self._add(LayerStep(layer.layer_idx, heads, math.nan if math.isnan(estimate) else abs(estimate - true)))
+
+
+def near_only(layer: RetrievalLayer, n_heads: int) -> TraceEvent | None:
+    """Event of a layer that read nothing but sink and window ("streaming" reads no pages); None: it has no pages."""
+    pages = layer.pages
+    if pages is None:
+        return None
+    length = pages.length(0)
+    return TraceEvent(
+        layer=layer.layer_idx,
+        rows=(0,),
+        lengths=(length,),
+        sink_tokens=(pages.near.sinks[0],),
+        window_start=(length - pages.near.window_count(0),),
+        pages=np.zeros((1, n_heads, 0), np.int64),
+        positions=np.zeros((1, n_heads, 0, PAGE_TOKENS), np.int32),
+    )
 
 
 def attended_tokens(event: TraceEvent, n_heads: int, n_tokens: int, group: int) -> Tensor:

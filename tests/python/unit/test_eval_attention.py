@@ -105,7 +105,7 @@ def test_regret_is_split_only_where_whole_pages_are_chosen_for_the_kv_head():
     assert whole.packing > 0
 
 
-POLICIES = ("icecache", "random", "quest", "token-oracle-q", "snapkv")
+POLICIES = ("icecache", "random", "quest", "token-oracle-q", "snapkv", "streaming")
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,8 @@ def test_the_rows_say_what_policies_are_known_for(run):
     mass = {arm: np.mean([r.means["mass"] for r in found]) for arm, found in by_arm.items()}
     assert mass["token-oracle-q"] >= max(mass.values())
     assert mass["icecache"] > mass["random"] + 0.1
+    assert mass["icecache"] > mass["streaming"] + 0.1
+    assert all(r.means["attended"] == pytest.approx(97, abs=1) for r in by_arm["streaming"])
     search = {arm: np.mean([r.means["search"] for r in by_arm[arm]]) for arm in ("icecache", "random")}
     assert search["random"] > 5 * search["icecache"]
     assert all(r.means["packing"] >= -1e-9 for arm in ("icecache", "random") for r in by_arm[arm])
