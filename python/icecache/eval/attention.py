@@ -6,9 +6,8 @@ Every policy is fed the same tokens: context (dense), question, and the answer t
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
@@ -18,7 +17,7 @@ import torch
 from icecache.errors import ConfigError, DataError
 from icecache.eval.arms import DENSE, dense_layers
 from icecache.eval.greedy import answer_greedily, step
-from icecache.eval.heads import Measured
+from icecache.eval.heads import HeadRow, Measured, known_mean
 from icecache.eval.machine import describe_run, this_command
 from icecache.eval.markdown import number, table
 from icecache.eval.model import check_device, load_model, open_model
@@ -35,36 +34,6 @@ if TYPE_CHECKING:
 
 MEASURES: Final = tuple(field.name for field in fields(Measured))
 SAMPLES: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class HeadRow:
-    """A KV head under an arm, means over steps and samples.
-
-    Parameters
-    ----------
-    arm : str
-        "policy@budget".
-    layer, head : int
-        Which.
-    steps : int
-        How many were measured.
-    means : dict of str to float or None
-        By the names of :class:`icecache.eval.heads.Measured`; None where there is none.
-    mass_p5, error_p95 : float
-        5th percentile of the mass and 95th of the error over the steps.
-    calibration : float or None
-        Of the layer, see `LayerStep`.
-    """
-
-    arm: str
-    layer: int
-    head: int
-    steps: int
-    means: dict[str, float | None]
-    mass_p5: float
-    error_p95: float
-    calibration: float | None
 
 
 def run_attention(options: EvalOptions, write: Callable[[str], None]) -> list[HeadRow]:
@@ -162,12 +131,6 @@ def summarise(arm: str, steps: Iterable[LayerStep]) -> list[HeadRow]:
             )
         )
     return rows
-
-
-def known_mean(values: Iterable[float | None]) -> float | None:
-    """Mean of those that are numbers; None: there are none."""
-    numbers = [value for value in values if value is not None and not math.isnan(value)]
-    return fmean(numbers) if numbers else None
 
 
 HEADER: Final = (

@@ -95,23 +95,35 @@ def _left_out(arms: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Looks:
+class Looks:
+    """How a policy's line looks.
+
+    Parameters
+    ----------
+    colour, marker : str
+        As matplotlib takes them.
+    width : float
+        In points.
+    order : int
+        What is higher lies on top.
+    """
+
     colour: str
     marker: str
     width: float
     order: int
 
 
-def _looks(policy: str, policies: Sequence[str]) -> _Looks:
+def looks_of(policy: str, policies: Sequence[str]) -> Looks:
     """Say how a policy's line looks; the same in every figure of a page."""
     if policy == "icecache":
-        return _Looks(OURS, "o", 2.6, 5)
+        return Looks(OURS, "o", 2.6, 5)
     place = [p for p in policies if p != "icecache"].index(policy)
     # Colours and marks repeat at different places: 90 looks.
-    return _Looks(COLOURS[place % len(COLOURS)], MARKERS[(place + 1) % len(MARKERS)], 1.3, 3)
+    return Looks(COLOURS[place % len(COLOURS)], MARKERS[(place + 1) % len(MARKERS)], 1.3, 3)
 
 
-def _plot(axis: Axes, xs: Sequence[float], means: Sequence[Interval], label: str, looks: _Looks, band: bool) -> None:
+def _plot(axis: Axes, xs: Sequence[float], means: Sequence[Interval], label: str, looks: Looks, band: bool) -> None:
     """Draw one line, with the band of its intervals (a bar where it has one point)."""
     scores = [100 * mean.estimate for mean in means]
     (line,) = axis.plot(xs, scores, label=label, color=looks.colour, marker=looks.marker, markersize=5)
@@ -144,7 +156,7 @@ def _budget_curve(results: Results, group: curves.Group) -> Iterator[Drawing]:
         for policy, arms in curves.by_policy(chosen.arms).items():
             xs = [curves.loaded(results, group, tasks, arm) or math.nan for arm in arms]
             means = [curves.macro(results, group, tasks, arm) for arm in arms]
-            _plot(axis, xs, means, policy, _looks(policy, policies), band=place == 0)
+            _plot(axis, xs, means, policy, looks_of(policy, policies), band=place == 0)
         _loaded_axis(axis, results, group, chosen)
         axis.set_title(f"{title} (n = {sum(len(results.records(Cell(*group, t), 'full')) for t in tasks)})", size=10)
     top = figure.axes[0]
@@ -190,7 +202,7 @@ def _length_curve(results: Results, setup: Setup, budget: int | None) -> Iterato
             scores = [100 * mean.estimate for mean in means]
             axis.plot(lengths, scores, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="full")
             continue
-        _plot(axis, lengths, means, arm, _looks(arm.partition("@")[0], policies), band=True)
+        _plot(axis, lengths, means, arm, looks_of(arm.partition("@")[0], policies), band=True)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.xaxis.set_minor_formatter(NullFormatter())

@@ -6,7 +6,9 @@ Dimension key: H KV heads, G query heads a KV head, n tokens, D head dim, V valu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Final
 
 import torch
@@ -164,3 +166,39 @@ def page_regret(weights: Tensor, attended: Tensor, page: Tensor) -> tuple[float,
     best_tokens = joint.topk(int(sizes[best_pages].sum())).values.sum()
     of_best_pages = by_page[best_pages].sum()
     return float(best_tokens - of_best_pages), float(of_best_pages - by_page[chosen].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class HeadRow:
+    """A KV head under an arm, means over steps and samples.
+
+    Parameters
+    ----------
+    arm : str
+        "policy@budget".
+    layer, head : int
+        Which.
+    steps : int
+        How many were measured.
+    means : dict of str to float or None
+        By the names of :class:`Measured`; None where there is none.
+    mass_p5, error_p95 : float
+        5th percentile of the mass and 95th of the error over the steps.
+    calibration : float or None
+        Of the layer, see `LayerStep`.
+    """
+
+    arm: str
+    layer: int
+    head: int
+    steps: int
+    means: dict[str, float | None]
+    mass_p5: float
+    error_p95: float
+    calibration: float | None
+
+
+def known_mean(values: Iterable[float | None]) -> float | None:
+    """Mean of those that are numbers; None: there are none."""
+    numbers = [value for value in values if value is not None and not math.isnan(value)]
+    return fmean(numbers) if numbers else None

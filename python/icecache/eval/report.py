@@ -64,7 +64,7 @@ def write_report(
     written = []
     for kind in dict.fromkeys(formats):
         path = _path(folder, out, kind, formats)
-        path.write_text(text if kind == "md" else _page(results, parts, budget), encoding="utf-8")
+        path.write_text(text if kind == "md" else _page(results, parts, budget, folder), encoding="utf-8")
         written.append(path)
     return text, written
 
@@ -76,12 +76,17 @@ def _path(folder: Path, out: Path | None, kind: str, formats: Sequence[str]) -> 
     return out if len(set(formats)) == 1 else out.with_suffix(f".{kind}")
 
 
-def _page(results: Results, parts: Sequence[str], budget: int | None) -> str:
+def _page(results: Results, parts: Sequence[str], budget: int | None, folder: Path) -> str:
     # matplotlib takes a second to load.
     from icecache.eval.figures import draw
     from icecache.eval.html import to_page
 
-    return to_page(parts, draw(results, budget), folded=TASK_BY_TASK)
+    drawings = [*draw(results, budget)]
+    if (folder / "attention.json").exists():
+        from icecache.eval.panel import FILE, draw_attention, read_rows
+
+        drawings += draw_attention(read_rows(folder / FILE))
+    return to_page(parts, drawings, folded=TASK_BY_TASK)
 
 
 def sections(results: Results, budget: int | None = None) -> Iterator[str]:

@@ -7,11 +7,14 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from icecache.errors import ConfigError
+from icecache.errors import ConfigError, DataError
 from icecache.eval import curves
+from icecache.eval.attention import MEASURES, save
 from icecache.eval.figures import draw
 from icecache.eval.folder import RunFolder
+from icecache.eval.heads import HeadRow
 from icecache.eval.html import to_elements, to_page
+from icecache.eval.panel import read_rows
 from icecache.eval.record import ArmStats, Manifest, Record, RunPart
 from icecache.eval.report import sections, write_report
 from icecache.eval.results import Results
@@ -210,6 +213,28 @@ def test_markup_of_the_reports_becomes_elements():
         "<h3>A</h3>",
         "<p><strong>INVALID RUN</strong>: <code>a*b*&lt;c&gt;</code> of <em>macro</em><br>5 * 3 * 2</p>",
     ]
+
+
+def test_an_attention_report_in_the_folder_is_drawn(tmp_path):
+    with RunFolder(tmp_path / "r", MANIFEST, resume=False) as folder:
+        folder.add([r for arm, right in RIGHT.items() for r in _records("kv", arm, right)])
+    means = dict.fromkeys(MEASURES, 0.25)
+    rows = [
+        HeadRow(f"{policy}@64", layer, head, 5, {**means, "packing": packing, "search": packing}, 0.1, 0.5, None)
+        for policy, packing in [("icecache", 0.1), ("quest", None)]
+        for layer in range(3)
+        for head in range(2)
+    ]
+    save(tmp_path / "r", {}, rows)
+    assert read_rows(tmp_path / "r/attention.json") == rows
+    _, (path,) = write_report(tmp_path / "r", formats=("html",))
+    page = path.read_text(encoding="utf-8")
+    Reader(page)
+    assert "Attention at 64 tokens" in page
+    assert "://" not in page
+    (tmp_path / "r/attention.json").write_text('{"heads": [{"arm": 1}]}', encoding="utf-8")
+    with pytest.raises(DataError, match="not what icecache eval attention writes"):
+        write_report(tmp_path / "r", formats=("html",))
 
 
 def test_a_report_is_written_in_the_formats_asked_for(tmp_path):
