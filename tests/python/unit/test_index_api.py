@@ -388,6 +388,7 @@ def test_ctrl_c_ends_a_long_call_and_changes_nothing(call):
 import os, signal, threading, time
 import numpy as np
 from icecache.index import Index
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 rows = np.random.default_rng(0).standard_normal((400_000, 32), dtype=np.float32)
 index = Index.build(rows[:20_000], threads=1)
 calls = dict(
