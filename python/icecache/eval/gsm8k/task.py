@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from icecache.errors import DataError
@@ -46,18 +46,8 @@ class Gsm8kCot:
     ) -> Iterator[Sample]:
         """Give the first `n` problems (the seed plays no part); see :class:`icecache.eval.task.Task`."""
         context = "".join(f"Q: {q}\nA: {why} The answer is {result}.\n\n" for q, why, result in EXEMPLARS)
-        for problem in itertools.islice(problems(data), n):
-            yield Sample(
-                task=self.name,
-                id=f"{seed}-{problem.row - 1}",
-                context=context,
-                question=f"Q: {problem.question}\nA:",
-                references=(problem.result,),
-                max_new_tokens=NEW_TOKENS,
-                stop=STOP,
-                chat=False,
-                meta=_source(data),
-            )
+        form = Sample(self.name, "", context, "Q: {}\nA:", (), NEW_TOKENS, STOP, chat=False, meta=_source(data))
+        yield from _filled(form, n, seed, data)
 
     def score(self, prediction: str, sample: Sample) -> float:
         """1 if the last number is the result."""
@@ -87,18 +77,8 @@ class Gsm8kLlama:
     ) -> Iterator[Sample]:
         """Give the first `n` problems (the seed plays no part); see :class:`icecache.eval.task.Task`."""
         shots = tuple((LLAMA.format(q), f"{why} The final answer is {result}") for q, why, result in EXEMPLARS)
-        for problem in itertools.islice(problems(data), n):
-            yield Sample(
-                task=self.name,
-                id=f"{seed}-{problem.row - 1}",
-                context="",
-                question=LLAMA.format(problem.question),
-                references=(problem.result,),
-                max_new_tokens=NEW_TOKENS,
-                stop=LLAMA_STOP,
-                shots=shots,
-                meta=_source(data),
-            )
+        form = Sample(self.name, "", "", LLAMA, (), NEW_TOKENS, LLAMA_STOP, shots=shots, meta=_source(data))
+        yield from _filled(form, n, seed, data)
 
     def score(self, prediction: str, sample: Sample) -> float:
         """1 if the last number is the result."""
@@ -133,22 +113,20 @@ class Gsm8kAuthors:
         DataError
             If there is no folder, or no file with the prompt in it.
         """
-        context = _prompt(data)
-        for problem in itertools.islice(problems(data), n):
-            yield Sample(
-                task=self.name,
-                id=f"{seed}-{problem.row - 1}",
-                context=context,
-                question=f"{NEXT_QUESTION}{problem.question}\n",
-                references=(problem.result,),
-                max_new_tokens=NEW_TOKENS,
-                stop=(NEXT_QUESTION,),
-                chat=False,
-            )
+        question = NEXT_QUESTION + "{}\n"
+        form = Sample(self.name, "", _prompt(data), question, (), NEW_TOKENS, (NEXT_QUESTION,), chat=False)
+        yield from _filled(form, n, seed, data)
 
     def score(self, prediction: str, sample: Sample) -> float:
         """1 if the last number has the value of the result."""
         return grade.authors_equal(prediction, sample.references[0])
+
+
+def _filled(form: Sample, n: int, seed: int, data: DataDir | None) -> Iterator[Sample]:
+    """Write the first `n` problems into `form`, whose question says where."""
+    for problem in itertools.islice(problems(data), n):
+        question, row = form.question.format(problem.question), f"{seed}-{problem.row - 1}"
+        yield replace(form, id=row, question=question, references=(problem.result,))
 
 
 def _source(data: DataDir | None) -> dict[str, str | int | float]:
