@@ -8,8 +8,7 @@ from __future__ import annotations
 import torch
 
 from icecache.attention.mass import add_mass
-from icecache.attention.partial import merge, partial_attention, with_sink_logits
-from icecache.attention.stream import query_pieces
+from icecache.attention.stream import by_kv_head, joined, near_and_chunk, query_pieces
 from icecache.pages import WholeKV
 from icecache.select import Chosen, Services, StepView
 
@@ -84,17 +83,11 @@ def whole_attention(
     torch.Tensor
         (B, Q, H * G, Dv) in the query's dtype.
     """
-    n_rows, n_heads = keys.shape[:2]
-    grouped = query.view(n_rows, n_heads, -1, query.shape[2], query.shape[-1])
+    grouped = by_kv_head(query, keys.shape[1])
     columns = torch.arange(whole.width, device=query.device)
     live = (columns < whole.device_lengths()[:, None])[:, None, None, None]
-    own = chunk_mask.expand(n_rows, -1, -1)[:, None, None]
-    parts = []
-    for start, stop in query_pieces(grouped, max(whole.width, keys.shape[2])):
-        piece = grouped[:, :, :, start:stop]
-        past = partial_attention(piece, whole.keys, whole.values, scaling=scaling, mask=live, softcap=softcap)
-        chunk = partial_attention(piece, keys, values, scaling=scaling, mask=own[:, :, :, start:stop], softcap=softcap)
-        part = merge([past, chunk])
-        parts.append(part if sinks is None else with_sink_logits(part, sinks))
-    out = torch.cat([part.out for part in parts], dim=3)
-    return out.permute(0, 3, 1, 2, 4).reshape(n_rows, query.shape[2], -1, values.shape[-1]).to(query.dtype)
+    pieces = query_pieces(grouped, max(whole.width, keys.shape[2]))
+    parts = near_and_chunk(
+        grouped, pieces, (whole.keys, whole.values), live, (keys, values), chunk_mask, scaling, softcap
+    )
+    return joined(parts, sinks, query.dtype)

@@ -48,28 +48,69 @@ def stream_attention(
     torch.Tensor
         (B, Q, H * G, Dv) in the query's dtype.
     """
-    n_rows, n_heads = keys.shape[:2]
-    grouped = query.view(n_rows, n_heads, -1, query.shape[2], query.shape[-1])
+    grouped = by_kv_head(query, keys.shape[1])
     near_keys, near_values, live = pages.near.view()
     near_mask = None if live is None else live[:, None, None, None, :]
     pieces = query_pieces(grouped, max(near_keys.shape[2], keys.shape[2], BLOCK_PAGES * 16))
-    parts: list[Partial] = []
-    # Once, not in every piece; no copy in float32.
-    near_keys, near_values, keys, values = (t.float() for t in (near_keys, near_values, keys, values))
     with services.recorder.part("attention"):
-        for start, stop in pieces:
-            piece = grouped[:, :, :, start:stop]
-            own = chunk_mask.expand(n_rows, -1, -1)[:, None, None, start:stop]
-            near = partial_attention(piece, near_keys, near_values, scaling=scaling, mask=near_mask, softcap=softcap)
-            chunk = partial_attention(piece, keys, values, scaling=scaling, mask=own, softcap=softcap)
-            parts.append(merge([near, chunk]))
+        parts = near_and_chunk(
+            grouped, pieces, (near_keys, near_values), near_mask, (keys, values), chunk_mask, scaling, softcap
+        )
     if pages.forests and any(len(forest) for forest in pages.forests):
         _merge_pages(services, pages, grouped, pieces, parts, scaling, softcap)
+    return joined(parts, sinks, query.dtype)
+
+
+def by_kv_head(query: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """View (B, H * G, Q, D) as (B, H, G, Q, D)."""
+    return query.view(query.shape[0], n_heads, -1, query.shape[2], query.shape[-1])
+
+
+def near_and_chunk(
+    query: torch.Tensor,
+    pieces: list[tuple[int, int]],
+    near: tuple[torch.Tensor, torch.Tensor],
+    near_mask: torch.Tensor | None,
+    chunk: tuple[torch.Tensor, torch.Tensor],
+    chunk_mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> list[Partial]:
+    """Attend with each piece of the queries to what lies on the device and to the chunk itself.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        (B, H, G, Q, D).
+    pieces : list of (int, int)
+        Of :func:`query_pieces`.
+    near, chunk : tuple of torch.Tensor
+        Keys and values (B, H, N, D) and (B, H, N, Dv).
+    near_mask : torch.Tensor or None
+        Bool, broadcastable to (B, H, G, Q, N).
+    chunk_mask : torch.Tensor
+        Bool, broadcastable to (B, Q, C).
+    """
+    # Once, not in every piece; no copy in float32.
+    near_keys, near_values, keys, values = (t.float() for t in (*near, *chunk))
+    own = chunk_mask.expand(query.shape[0], -1, -1)[:, None, None]
+    parts = []
+    for start, stop in pieces:
+        piece = query[:, :, :, start:stop]
+        past = partial_attention(piece, near_keys, near_values, scaling=scaling, mask=near_mask, softcap=softcap)
+        new = partial_attention(piece, keys, values, scaling=scaling, mask=own[:, :, :, start:stop], softcap=softcap)
+        parts.append(merge([past, new]))
+    return parts
+
+
+def joined(parts: list[Partial], sinks: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Put the pieces of the queries together: (B, Q, H * G, Dv), as a model takes it."""
     if sinks is not None:
         parts = [with_sink_logits(part, sinks) for part in parts]
     out = torch.cat([part.out for part in parts], dim=3)
-    out = out.permute(0, 3, 1, 2, 4).reshape(n_rows, query.shape[2], -1, values.shape[-1])
-    return out.to(query.dtype).contiguous()  # some models call view() on it
+    n_rows, n_queries, dim = out.shape[0], out.shape[3], out.shape[4]
+    out = out.permute(0, 3, 1, 2, 4).reshape(n_rows, n_queries, -1, dim)
+    return out.to(dtype).contiguous()  # some models call view() on it
 
 
 def query_pieces(query: torch.Tensor, n_keys: int) -> list[tuple[int, int]]:
