@@ -40,7 +40,7 @@ class IceConfig:
         same order and read the pages that the first one has chosen. Packing and searching are done once for all of
         them, so both get cheaper; what is read gets worse, the more the less the layers attend alike. 1 to 64.
     dense_layers : tuple of int, default=()
-        Layers that keep an ordinary dense KV cache.
+        Layers that keep an ordinary dense KV cache; in a CUDA graph with room for an eighth more tokens.
     dense_below : int, default=1024
         While a sequence (padding included) is shorter than this, its layers keep everything on the compute device and
         use the model's own attention, bit for bit. 0 switches this off.

@@ -13,5 +13,8 @@ from icecache.attention.partial import merge as merge
 from icecache.attention.partial import partial_attention as partial_attention
 from icecache.attention.partial import with_sink_logits as with_sink_logits
 from icecache.attention.search import EngineSearch as EngineSearch
+from icecache.attention.static_kv import KeptLayer as KeptLayer
+from icecache.attention.static_kv import StaticKV as StaticKV
+from icecache.attention.static_kv import StaticShape as StaticShape
 from icecache.attention.stream import query_pieces as query_pieces
 from icecache.attention.stream import stream_attention as stream_attention

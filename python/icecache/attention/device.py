@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from icecache.attention.static_kv import StaticKV, StaticShape
 from icecache.config import PAGE_TOKENS
 from icecache.pages import columns, row_dim
 from icecache.pages.near import NearBuffer
@@ -48,6 +49,18 @@ class StepShape:
     device: torch.device
     shared: tuple[int, ...] = ()
     """Layers of each group that shares pages, in order; empty: no layer shares any."""
+    numbers: tuple[int, ...] = ()
+    """Numbers of these layers in the model; empty: all there are, in order."""
+    static: tuple[StaticShape, ...] = ()
+    """The layers without pages."""
+
+    def number(self, layer: int) -> int:
+        """Give the number in the model of the `layer`-th layer with pages."""
+        return self.numbers[layer] if self.numbers else layer
+
+    def index(self, number: int) -> int:
+        """Inverse of `number`."""
+        return self.numbers.index(number) if self.numbers else number
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -97,6 +110,8 @@ class DeviceStep:
         self.shape, self.mailbox = shape, mailbox
         self.finder: PageFinder | None = None
         """Searches on the device; whoever replaces it after a capture counts `epoch` up."""
+        self.static = StaticKV(shape.static) if shape.static else None
+        """Layers without pages."""
         self.epoch = 0
         """How often memory that a captured step names was replaced."""
         units = (shape.n_rows, shape.n_kv_heads)
@@ -124,7 +139,7 @@ class DeviceStep:
     def nbytes(self) -> int:
         """Bytes on the device."""
         own = sum(t.nbytes for t in (self.near_keys, self.near_values, self.table, self.state))
-        return own + (0 if self.finder is None else self.finder.nbytes())
+        return own + sum(0 if part is None else part.nbytes() for part in (self.finder, self.static))
 
     def hold(self, near: Sequence[NearBuffer]) -> None:
         """Move the near tokens of every layer into the static buffers; those that are there already stay.
@@ -148,6 +163,8 @@ class DeviceStep:
             if held is not None and self.holds(layer, held):
                 held.own(held.stop)
         self._held = [None] * self.shape.n_layers
+        if self.static is not None:
+            self.static.release()
 
     def holds(self, layer: int, near: NearBuffer) -> bool:
         """Whether `near` lives in the buffers of `layer`."""

@@ -165,7 +165,7 @@ class DeviceSearch:
         bad = np.isnan(finder.host_lse.numpy()).any((3, 4))
         if bad.any():
             search, row, head = np.argwhere(bad)[0]
-            layer = step.shape.leaders[search]
+            layer = step.shape.number(step.shape.leaders[search])
             msg = f"layer {layer}, row {row}, KV head {head}: a query is not finite"
             raise BadTensorError(msg)
         read = count_step(self._services, step, finder.host_table, finder.host_lse, held.n_steps)
@@ -174,7 +174,7 @@ class DeviceSearch:
         if missing.any():
             search, row, head = np.argwhere(missing)[0]
             got, all_of_it = read[search, row, head], held.whole[search, row, head]
-            layer = step.shape.leaders[search]
+            layer = step.shape.number(step.shape.leaders[search])
             msg = f"layer {layer}, row {row}, KV head {head}: {got} of {all_of_it} tokens were read, all fit the budget"
             raise EngineError(msg)
 

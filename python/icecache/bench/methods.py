@@ -28,6 +28,7 @@ METHODS = {
     "ice-cpu": "IceCache: search on the host, a step in one CUDA graph",
     "ice-6": "the same with 6 candidates per page read instead of 24",
     "ice-reuse": "the same as ice, and of 3 layers one searches for all",
+    "ice-paper": "the paper's setting: 2 layers dense, and of 3 others one searches for all",
     "ice-eager": "IceCache, op by op",
     "ice-no-search": "IceCache with a fixed page choice, a step in one CUDA graph",
     "hf": "Hugging Face, sdpa, DynamicCache",
@@ -42,6 +43,7 @@ _CONFIGS = {
     "ice-cpu": IceConfig(search="cpu"),
     "ice-6": IceConfig(search="cpu", candidates_per_page=6),
     "ice-reuse": IceConfig(search="gpu", reuse=3),
+    "ice-paper": IceConfig(search="gpu", reuse=3, dense_layers=(0, 1)),
 }
 
 WARM_UP_TOKENS = 2048

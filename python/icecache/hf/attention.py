@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from icecache.errors import UnsupportedModelError
 from icecache.hf.cache import Call, RetrievalLayer
+from icecache.hf.static import StandIn
 from icecache.hf.step import current_step
 
 IMPLEMENTATION = "icecache"
@@ -121,9 +122,9 @@ def _own_mask(
     )
 
 
-def _layer_of(key: torch.Tensor) -> RetrievalLayer | None:
+def _layer_of(key: torch.Tensor) -> RetrievalLayer | StandIn | None:
     """Layer that staged this very tensor, if one of ours did."""
-    tag: weakref.ref[RetrievalLayer] | None = getattr(key, "_ice_layer", None)
+    tag: weakref.ref[RetrievalLayer | StandIn] | None = getattr(key, "_ice_layer", None)
     return None if tag is None else tag()
 
 
@@ -168,10 +169,9 @@ def attention(
         msg = f"layer {layer.layer_idx}: stale keys reached the attention function"
         raise UnsupportedModelError(msg)
     shared = layer.staged is None
-    problem = _problem(module, same_value, attention_mask, arguments)
+    problem = _problem(module, same_value, attention_mask, arguments, layer.window)
     if problem is not None:
-        pair = layer.dense_pair()
-        if layer.engine.config.on_unsupported == "dense" and pair is not None:
+        if isinstance(layer, RetrievalLayer) and layer.may_turn_dense():
             layer.unsupported = problem  # the closing hook turns it into an ordinary dense layer
             return own_attention(module, query, key, value, attention_mask, scaling, arguments)
         msg = f"layer {layer.layer_idx}: {problem}"
@@ -193,7 +193,11 @@ def attention(
 
 
 def _problem(
-    module: torch.nn.Module, same_value: bool, mask: torch.Tensor | None, arguments: Mapping[str, object]
+    module: torch.nn.Module,
+    same_value: bool,
+    mask: torch.Tensor | None,
+    arguments: Mapping[str, object],
+    window: int | None,
 ) -> str | None:
     """Why this attention call cannot be served; None: it can."""
     if not same_value:
@@ -203,8 +207,8 @@ def _problem(
     added = {name for name, x in arguments.items() if x is not None} - _HARMLESS_ARGUMENTS - from_caller
     if added:
         return f"the attention class adds arguments that change the result: {', '.join(sorted(added))}"
-    if arguments.get("sliding_window") is not None:
-        return "sliding-window attention on a layer with a full cache"
+    if arguments.get("sliding_window") != window:
+        return "sliding-window attention on a layer with a full cache" if window is None else "chunked attention"
     if getattr(module, "is_causal", True) is False or arguments.get("is_causal") is False:
         return "the attention is not causal (cross or bidirectional attention)"
     if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] != 1:
@@ -236,6 +240,8 @@ def mask(
         and isinstance(q_offset, int)
         and q_offset + q_length == kv_length  # False for the padded layout of a StaticCache
     )
+    if step is not None and step.device is not None and kwargs.get("allow_is_causal_skip", True):
+        return None  # every layer of a captured step knows what it sees, causal or sliding (`_problem` checks which)
     if step is not None and step.paged and plain:
         return None if attention_mask is None else attention_mask[:, -kv_length:]
     make = cast("Callable[..., torch.Tensor | None]", ALL_MASK_ATTENTION_FUNCTIONS[_own_of(kwargs.get("config"))])

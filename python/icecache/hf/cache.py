@@ -18,6 +18,7 @@ from icecache.attention import DeviceStep, decode_attention, stream_attention
 from icecache.errors import BadTensorError, CacheStateError, UnsupportedModelError
 from icecache.hf.group import page_in
 from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
+from icecache.hf.static import with_sinks
 from icecache.hf.step import Engine, Sequence, current_step
 from icecache.pages import LayerPages, WholeKV
 
@@ -63,6 +64,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     """A cache layer whose middle lives in host pages. Reading `.keys` or `.values` raises: there is no dense cache."""
 
     is_sliding = False
+    window: int | None = None
+    """Of sliding-window attention, which we do not serve."""
     is_compileable = False  # generate() then neither compiles by itself nor builds 4D masks beforehand
     is_croppable = True
     supports_early_init = False
@@ -253,6 +256,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     def forked(self, engine: Engine, sequence: Sequence) -> RetrievalLayer:
         """Independent copy under another engine or cache; pages are shared until one side writes."""
         new = type(self)(engine, sequence, self.layer_idx, self.members)
+        new.group = self.group
         new.is_initialized, new._length, new.unsupported = self.is_initialized, self._length, self.unsupported
         if self.is_initialized:
             new.dtype, new.device, new.n_rows = self.dtype, self.device, self.n_rows
@@ -281,6 +285,10 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     def dense_pair(self) -> Pair | None:
         """All keys and values of a layer that is not paged yet (staged ones included)."""
         return None if self._pages is not None else self._staged or self._dense
+
+    def may_turn_dense(self) -> bool:
+        """Whether the layer can become an ordinary dense one now, as the config asks for where it is not supported."""
+        return self.engine.config.on_unsupported == "dense" and self.dense_pair() is not None
 
     def load(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> None:
         """Fill an empty layer with (B, H, n, D) keys and values of n positions; `valid` bool (B, n) marks padding."""
@@ -352,10 +360,10 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         if call.shared:
             msg = f"layer {self.layer_idx}: it shares the keys of another layer"
             raise UnsupportedModelError(msg)
-        if call.sinks is not None:
-            msg = f"layer {self.layer_idx}: it has learned sink logits"
-            raise UnsupportedModelError(msg)
-        return device.attend(self.layer_idx, call.query, call.keys, call.values, call.scaling, call.softcap)
+        index = device.shape.index(self.layer_idx)
+        out = device.attend(index, call.query, call.keys, call.values, call.scaling, call.softcap)
+        lse = device.lse[index]
+        return out if call.sinks is None or lse is None else with_sinks(out, lse, call.sinks)
 
     def commit_one(self) -> None:
         """Count one token per row that a replayed step has put into the near buffer."""

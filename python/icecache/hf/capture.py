@@ -17,6 +17,7 @@ from icecache.attention import DeviceStep
 from icecache.errors import UnsupportedModelError
 from icecache.hf.names import CACHE_NAMES, cache_argument
 from icecache.hf.request import STATIC, NotCapturableError, Request
+from icecache.hf.static import StandIn
 from icecache.hf.step import Step
 
 REHEARSAL_TICKET = 0
@@ -73,7 +74,7 @@ def capture(forward: Forward, now: Step, step: DeviceStep, request: Request, *, 
     inputs = _static_inputs(request)
     try:
         _answer_beforehand(step)
-        step.write_state(REHEARSAL_TICKET, request.pages[0].near)
+        write_state(step, REHEARSAL_TICKET, request)
         if graph:
             return _graph(forward, now, step, request, inputs)
         kind, fields = _parts(_call(forward, now, step, request, inputs))
@@ -86,6 +87,13 @@ def capture(forward: Forward, now: Step, step: DeviceStep, request: Request, *, 
 
     captured = Captured(inputs, kind, fields, run)
     return captured
+
+
+def write_state(step: DeviceStep, ticket: int, request: Request) -> None:
+    """Say which step this is and what its layers attend to; the step before must be over."""
+    step.write_state(ticket, request.pages[0].near)
+    if step.static is not None:
+        step.static.write_bounds([x.layer for x in request.static], request.length, request.pads)
 
 
 def _graph(
@@ -107,12 +115,19 @@ def _graph(
 
 def _call(forward: Forward, now: Step, step: DeviceStep, request: Request, inputs: dict[str, torch.Tensor]) -> object:
     """Run the forward on static buffers; the cache is as before afterwards."""
-    length = request.length
+    length, layers = request.length, list(request.cache.layers)
+    stand_ins = [] if step.static is None else [StandIn(step.static, x, length) for x in request.static]
     now.device = step
     try:
-        return forward(**inputs, **cache_argument(request.cache), **dict(request.options))
+        for x in stand_ins:
+            request.cache.layers[x.layer_idx] = x
+        output = forward(**inputs, **cache_argument(request.cache), **dict(request.options))
+        for x in stand_ins:
+            x.check_attended()
+        return output
     finally:
         now.device = None
+        request.cache.layers[:] = layers
         for layer in request.layers:
             layer.roll_back(length)
 

@@ -19,7 +19,7 @@ from icecache import _core
 from icecache.attention import DeviceSearch, DeviceStep, EngineSearch, StepShape
 from icecache.config import PAGE_TOKENS
 from icecache.errors import EngineError, SearchMemoryError
-from icecache.hf.capture import Captured, capture
+from icecache.hf.capture import Captured, capture, write_state
 from icecache.hf.request import NotCapturableError, Request, read_request
 from icecache.hf.step import Engine, Step, current_step
 from icecache.pages import LayerPages
@@ -163,6 +163,7 @@ class GraphDecoder:
 
     def _refuse(self, error: Exception) -> None:
         self.refused = str(error)
+        self._drop_steps()  # nobody will use their memory
         warnings.warn(_SLOW.format(error), stacklevel=6)
 
     def _decode(self, now: Step, request: Request) -> object | None:
@@ -186,13 +187,17 @@ class GraphDecoder:
         self.engine.services.hand_over(request.pages)  # now: the device is idle, and these tokens are there
         ticket = self.search.begin(step, request.pages, self.engine.services.n_pages)
         self._running = step
-        step.write_state(ticket, request.pages[0].near)
+        write_state(step, ticket, request)
         captured.run(now, request)
         if self.graph:
             self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._done.record()
         for layer in request.layers:
             layer.commit_one()
+        if step.static is not None:
+            step.static.count_one([x.layer for x in request.static])
+        for x in request.static:
+            x.count_one()
         now.n_attention_calls += len(request.layers)
         output: object = captured.output(request)
         return output
@@ -201,6 +206,8 @@ class GraphDecoder:
         step = self._step_of(request)
         epoch = step.epoch
         self.search.prepare(step, request.pages, self.engine.services.n_pages)
+        if step.static is not None and step.static.hold([x.layer for x in request.static]):
+            step.epoch += 1
         if step.epoch != epoch:  # its graphs name memory that is gone
             self._captured = {key: x for key, x in self._captured.items() if key[0] != step.shape}
         return step
@@ -244,6 +251,8 @@ class GraphDecoder:
             dtype=near.keys.dtype,
             device=near.keys.device,
             shared=_shared(request.pages),
+            numbers=tuple(layer.layer_idx for layer in request.layers) if request.static else (),
+            static=tuple(x.shape() for x in request.static),
         )
         step = self._steps.get(shape)
         if step is None:

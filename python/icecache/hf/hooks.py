@@ -252,7 +252,7 @@ class ModelHooks:
             if problem is None:
                 continue
             pair = layer.dense_pair()
-            if self.engine.config.on_unsupported != "dense" or pair is None:
+            if not layer.may_turn_dense() or pair is None:
                 msg = f"layer {i}: {problem}"
                 raise UnsupportedModelError(msg)
             dense = DynamicLayer()

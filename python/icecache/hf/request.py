@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.masks import new_tokens
 from icecache.hf.names import CACHE_NAMES
+from icecache.hf.static import StaticLayer, static_layer
 from icecache.hf.step import Step
 from icecache.pages import LayerPages
 
@@ -32,7 +33,11 @@ class Request:
     Parameters
     ----------
     layers, pages
-        Of every layer of the cache.
+        Of every layer of the cache that has pages.
+    static : list of StaticLayer
+        The other layers.
+    pads : list of int
+        Per row, positions of padding before its first token.
     inputs : dict
         Tensors of `STATIC` that were given.
     options : tuple
@@ -47,6 +52,8 @@ class Request:
     inputs: dict[str, torch.Tensor]
     options: tuple[tuple[str, object], ...]
     group: int
+    static: list[StaticLayer]
+    pads: list[int]
 
     @property
     def kind(self) -> object:
@@ -80,19 +87,36 @@ def read_request(step: Step, arguments: Mapping[str, object]) -> Request | None:
     if any(not isinstance(v, (bool, int, str)) for v in rest.values()) or any(rest.get(k) for k in _WANTS_MORE):
         return None
     layers = [layer for layer in cache.layers if isinstance(layer, RetrievalLayer)]
-    if len(layers) < len(cache.layers):
-        other = next(layer for layer in cache.layers if not isinstance(layer, RetrievalLayer))
-        msg = f"some layers keep an ordinary cache ({type(other).__name__})"
-        raise NotCapturableError(msg)
+    if not layers:
+        return None
     pages = [layer.pages for layer in layers if layer.pages is not None]
     group = layers[0].group
     if len(pages) < len(layers) or group is None or not _uniform(pages):
+        return None
+    static = _static_layers(cache, layers[0].get_seq_length())
+    pads = pages[0].padding.leading() if static else []
+    if static is None or pads is None or any(x.layer.keys.device != pages[0].near.keys.device for x in static):
         return None
     mask = arguments.get("attention_mask")
     if mask is not None and not _all_new(step, layers[0], mask):
         return None
     inputs = {name: x for name in STATIC if isinstance(x := arguments.get(name), torch.Tensor)}
-    return Request(cache, layers, pages, inputs, tuple(sorted(rest.items())), group)
+    return Request(cache, layers, pages, inputs, tuple(sorted(rest.items())), group, static, pads)
+
+
+def _static_layers(cache: Cache, length: int) -> list[StaticLayer] | None:
+    """Layers that keep everything on the device, or a window; None: one of them is not ready."""
+    found = []
+    for number, layer in enumerate(cache.layers):
+        if isinstance(layer, RetrievalLayer):
+            continue
+        static = static_layer(number, layer, length)
+        if isinstance(static, str):
+            raise NotCapturableError(static)
+        if static is None:
+            return None
+        found.append(static)
+    return found
 
 
 def _uniform(pages: list[LayerPages]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,8 @@ class PaddingLog:
     def __init__(self, n_rows: int) -> None:
         self.n_rows = n_rows
         self._runs: list[tuple[int, torch.Tensor | None]] = []
+        self._leading: tuple[list[torch.Tensor | None], list[int] | None] | None = None
+        """What `leading` said of which runs."""
 
     @property
     def n_positions(self) -> int:
@@ -51,6 +54,22 @@ class PaddingLog:
         index = torch.tensor(rows, dtype=torch.long)
         log._runs = [(n, None if valid is None else valid[index]) for n, valid in self._runs]
         return log
+
+    def leading(self) -> list[int] | None:
+        """Per row the positions of padding before its first token; None: some padding comes later."""
+        runs = self._runs
+        while runs and runs[-1][1] is None:
+            runs = runs[:-1]
+        if not runs:
+            return [0] * self.n_rows
+        key = [valid for _, valid in runs]
+        known = self._leading
+        if known is None or len(key) != len(known[0]) or any(map(operator.is_not, key, known[0])):
+            valid = torch.cat([torch.ones(self.n_rows, n, dtype=torch.bool) if v is None else v for n, v in runs], 1)
+            pads = (~valid).sum(1)
+            before = (~valid).int().cumprod(1).sum(1)
+            known = self._leading = key, pads.tolist() if torch.equal(before, pads) else None
+        return known[1]
 
     def valid(self) -> torch.Tensor:
         """Bool (n_rows, positions): which positions are tokens."""

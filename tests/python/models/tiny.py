@@ -11,6 +11,8 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -49,6 +51,13 @@ def _gemma3() -> PreTrainedModel:
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     options = {**_COMMON, "num_hidden_layers": 4, "layer_types": kinds, "sliding_window": 24}
     return Gemma3ForCausalLM(Gemma3TextConfig(**options))
+
+
+def recurrent() -> PreTrainedModel:
+    """A model whose first layer has no keys; with random weights."""
+    kinds = ["conv", "full_attention", "full_attention"]
+    config = Lfm2Config(**{k: v for k, v in _COMMON.items() if k != "head_dim"}, layer_types=kinds)
+    return Lfm2ForCausalLM(config).eval()
 
 
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
