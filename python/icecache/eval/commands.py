@@ -88,6 +88,9 @@ def _add_report(parts: Commands) -> None:
     )
     compare.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="one or two")
     compare.add_argument("--arms", type=task_list, metavar="X,Y", help="such as icecache@64,quest@256")
+    merge = parts.add_parser("merge", help="one folder of several runs of one model", allow_abbrev=False)
+    merge.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="of runs")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     parts.add_parser(
         "selftest",
         help="the shipped model must answer under a budget, and must not without retrieval; 2 minutes at most",
@@ -169,6 +172,7 @@ def run_command(args: argparse.Namespace) -> int:
         "run": _run,
         "report": _report,
         "compare": _compare,
+        "merge": _merge,
         "attention": _attention,
         "paper": _paper,
         "selftest": _selftest,
@@ -210,6 +214,13 @@ def _compare(args: argparse.Namespace) -> int:
     from icecache.eval.compare import compare
 
     print(compare(args.folders, args.arms or ()))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from icecache.eval.folder import merge_folders
+
+    print(f"{merge_folders(args.folders, args.out)} records in {args.out}")
     return 0
 
 

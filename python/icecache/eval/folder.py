@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +79,34 @@ def check_folder(path: Path, *, resume: bool) -> None:
         raise ConfigError(msg)
 
 
+def merge_folders(folders: Sequence[Path], out: Path) -> int:
+    """Put the records of several runs into one folder; returns how many there are.
+
+    Of records with the same task, sample, arm and setup the first stays.
+
+    Parameters
+    ----------
+    folders : sequence of Path
+        Runs of the same model with the same settings.
+    out : Path
+        Made; holds no records yet.
+
+    Raises
+    ------
+    ConfigError
+        If the runs differ in what resuming would refuse, or `out` holds records.
+    DataError
+        If a folder holds no run, or `out` cannot be written.
+    """
+    manifest = read_manifest(folders[0])
+    for folder in folders[1:]:
+        manifest = _joined(manifest, read_manifest(folder), "eval merge", folder)
+    with RunFolder(out, manifest, resume=False) as run:
+        for folder in folders:
+            run.add(read_records(folder))
+    return len(run.done)
+
+
 class RunFolder:
     """A folder that a run writes to. Every batch is on the disk when `add` returns.
 
@@ -109,15 +137,7 @@ class RunFolder:
         self.done: set[Key] = set()
         check_folder(path, resume=resume)
         if _has_records(path):
-            earlier = read_manifest(path)
-            _check_same(earlier, manifest, path)
-            manifest = replace(
-                manifest,
-                data={**earlier.data, **manifest.data},
-                labels={**earlier.labels, **manifest.labels},
-                metrics={**earlier.metrics, **manifest.metrics},
-                parts=(*earlier.parts, *manifest.parts),
-            )
+            manifest = _joined(read_manifest(path), manifest, "--resume", path)
             self.done = {record.key for record in read_records(path)}
         self.manifest = manifest
         with _write_errors(path):
@@ -204,7 +224,8 @@ def _check_room(path: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _check_same(earlier: Manifest, now: Manifest, path: Path) -> None:
+def _joined(earlier: Manifest, now: Manifest, verb: str, path: Path) -> Manifest:
+    """Join the manifests of records that were made the same way."""
     keys = [*dict.fromkeys([*earlier.identity, *now.identity])]
     differing = [
         f"{key} was {json.dumps(earlier.identity.get(key))}, now {json.dumps(now.identity.get(key))}"
@@ -215,5 +236,12 @@ def _check_same(earlier: Manifest, now: Manifest, path: Path) -> None:
         f"data file {name} has changed" for name, digest in now.data.items() if earlier.data.get(name, digest) != digest
     ]
     if differing:
-        msg = f"--resume: the records in {path} were made otherwise: {'; '.join(differing)}. Name another --out"
+        msg = f"{verb}: the records in {path} were made otherwise: {'; '.join(differing)}. Name another --out"
         raise ConfigError(msg)
+    return replace(
+        now,
+        data={**earlier.data, **now.data},
+        labels={**earlier.labels, **now.labels},
+        metrics={**earlier.metrics, **now.metrics},
+        parts=(*earlier.parts, *now.parts),
+    )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from icecache.cli import build_parser
 from icecache.errors import ConfigError, DataError
-from icecache.eval.folder import MANIFEST, SAMPLES, RunFolder, read_manifest, read_records
+from icecache.eval.folder import MANIFEST, SAMPLES, RunFolder, merge_folders, read_manifest, read_records
 from icecache.eval.needle import needle_path
 from icecache.eval.options import EvalOptions
 from icecache.eval.progress import Progress
@@ -237,3 +237,19 @@ def test_data_that_changed_and_a_damaged_line_are_refused(run, tmp_path):
     (tmp_path / "r" / SAMPLES).write_text("".join([lines[0], lines[1][:50] + "\n", *lines[2:]]))
     with pytest.raises(DataError, match=r"samples\.jsonl, line 2: not a record"):
         list(read_records(tmp_path / "r"))
+
+
+def test_runs_of_one_model_are_merged_and_others_are_not(run, tmp_path):
+    manifest, records = read_manifest(run[0]), list(read_records(run[0]))
+    half = len(records) // 2
+    for name, part in {"a": records[: half + 1], "b": records[half:]}.items():
+        with RunFolder(tmp_path / name, manifest, resume=False) as folder:
+            folder.add(part)
+    assert merge_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "both") == len(records)
+    assert list(read_records(tmp_path / "both")) == records
+    assert len(read_manifest(tmp_path / "both").parts) == 2 * len(manifest.parts)
+    other = replace(manifest, identity={**manifest.identity, "seed": 9})
+    (tmp_path / "b" / MANIFEST).write_text(other.to_json())
+    with pytest.raises(ConfigError, match=r"eval merge: the records in .*b were made otherwise: seed was 0, now 9"):
+        merge_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
