@@ -127,6 +127,7 @@ class IceRuntime:
             self._engine.closed = True
             self._hooks.remove()
             self._services.offload.close()
+            self._services.stores.close()
             self._services.inserter.close()
         return self.model
 

@@ -6,12 +6,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from icecache.config import PAGE_TOKENS
 from icecache.errors import UnsupportedModelError
 from icecache.pages import build
-from icecache.pages.shelf import Pair
+from icecache.pages.shelf import Pair, row_dim
 
 if TYPE_CHECKING:
     from icecache.hf.cache import RetrievalLayer
+
+
+_AHEAD_PAGES = 32
+"""Of a tree, for what is decoded: an insert of 16 tokens leases 26, most of which it gives back."""
 
 
 def members(layer: RetrievalLayer) -> list[RetrievalLayer]:
@@ -42,6 +47,8 @@ def page_in(layer: RetrievalLayer, valid: torch.Tensor | None) -> None:
         return
     _check_alike(group, pairs)
     services = layer.engine.services
+    if layer.members[0] == min(layer.sequence.layers):
+        _reserve(layer, pairs)
     offload = services.offload if pairs[0][0].is_cuda else None
     built = build(
         layer.engine.layout,
@@ -55,6 +62,18 @@ def page_in(layer: RetrievalLayer, valid: torch.Tensor | None) -> None:
     )
     for x, pages in zip(group, built, strict=True):
         x.take_pages(pages)
+
+
+def _reserve(layer: RetrievalLayer, pairs: list[Pair]) -> None:
+    """Begin to reserve memory for a prompt in all layers, of which this is the first, and for the inserts behind it."""
+    (keys, values), layout, stores = pairs[0], layer.engine.layout, layer.engine.services.stores
+    if not layout.keeps_middle:
+        return
+    n_rows, n_heads, n_positions, key_dim = keys.shape
+    store = stores.get(key_dim, row_dim(key_dim, values.shape[-1], len(pairs)), keys.dtype, keys.device)
+    middle = max(n_positions - layout.sink_tokens - layout.window_tokens, 0)
+    n_trees = n_rows * n_heads * -(-len(layer.sequence.layers) // len(pairs))
+    stores.start_reserving(store, n_trees * (middle // PAGE_TOKENS + _AHEAD_PAGES) * store.page_bytes)
 
 
 def _check_alike(group: list[RetrievalLayer], pairs: list[Pair]) -> None:

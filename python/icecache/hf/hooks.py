@@ -269,6 +269,7 @@ class ModelHooks:
         layers = [layer for layer in cache.layers if isinstance(layer, RetrievalLayer)]
         for layer in layers:
             layer.finish()
+        self.engine.services.stores.settle()
         if step.paged:
             self.engine.services.recorder.steps += 1
         limit = self.engine.layout.window_tokens + _LONG_WINDOW_TOKENS
@@ -291,6 +292,7 @@ class _Undo:
         self.lengths = [_length(layer) for layer in cache.layers]
 
     def __call__(self) -> None:
+        self.hooks.engine.services.stores.settle()
         empty = all(not n for n in self.lengths)
         if empty:
             self.cache.layers[:] = self.hooks.new_layers()

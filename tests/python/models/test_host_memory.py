@@ -83,6 +83,49 @@ def test_pageable_memory_in_the_place_of_page_locked_one_warns_and_works():
     assert torch.isfinite(got).all()
 
 
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_a_prompt_finds_its_memory_reserved_with_room_for_the_first_inserts(monkeypatch, reuse):
+    model, asked = build("llama"), []
+    begin = Stores.start_reserving
+
+    def start_reserving(stores, store, n_bytes):
+        asked.append((store.used_bytes(), n_bytes))
+        begin(stores, store, n_bytes)
+
+    monkeypatch.setattr(Stores, "start_reserving", start_reserving)
+    memory = _core.HostMemory(POOL, pin="simulated")
+    with IceRuntime.wrap(model, dense_below=0, budget=64, reuse=reuse) as runtime:
+        stores = runtime._services.stores = Stores(None, POOL, memory)
+        caches = [runtime.new_cache() for _ in range(2)]
+        forward(model, prompt(2, 1500), caches[0])
+        ((used, n_bytes),) = asked
+        written = stores.used_bytes()
+        assert used == 0
+        assert written <= n_bytes <= 1.5 * written
+        reserved = memory.reserved_bytes()
+        assert reserved >= n_bytes
+        for _ in range(3):
+            forward(model, prompt(2, 16), caches[0])
+        assert memory.reserved_bytes() == reserved
+        assert len(asked) == 1
+        forward(model, prompt(1, 300), caches[1])
+        assert len(asked) == 2
+
+
+def test_memory_that_cannot_be_reserved_ahead_is_no_error_by_itself():
+    model = build("llama")
+    runtime, memory = wrap(model, simulated_limit=1)
+    with runtime:
+        runtime._services.stores.limit_bytes = 1 << 20
+        with pytest.raises(PoolExhaustedError, match="needed"):
+            forward(model, prompt(1, 3000), runtime.new_cache())
+        cache = runtime.new_cache()
+        forward(model, prompt(1, 300), cache)
+        assert cache.get_seq_length() == 300
+    del runtime, cache
+    assert memory.pinned_bytes() == 0
+
+
 def test_a_source_that_works_does_not_warn():
     memory = _core.HostMemory(POOL, pin="simulated")
     with warnings.catch_warnings():
