@@ -1,13 +1,15 @@
 """Capture one decode step of a model as a CUDA graph.
 
-First a *rehearsal* on the static buffers, with a mailbox that is answered beforehand: every kernel is loaded and every
-workspace allocated before anything has to wait for the host, because loading a module may wait for running kernels.
-Then the same forward is captured. Both write only what each replay writes again.
+First two *rehearsals* on the static buffers, with a mailbox that is answered beforehand: every kernel is loaded and
+every workspace allocated before anything has to wait for the host, because loading a module may wait for running
+kernels; and modules that cannot be captured are found. Then the same forward is captured. All of them write only what
+each replay writes again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +19,7 @@ from icecache.attention import DeviceStep
 from icecache.errors import UnsupportedModelError
 from icecache.hf.names import CACHE_NAMES, cache_argument
 from icecache.hf.request import STATIC, NotCapturableError, Request
+from icecache.hf.segments import Recorder, Segments, Watch
 from icecache.hf.static import StandIn
 from icecache.hf.step import Step
 
@@ -53,7 +56,9 @@ class Captured:
         return self.kind(**fields, **cache_argument(request.cache))
 
 
-def capture(forward: Forward, now: Step, step: DeviceStep, request: Request, *, graph: bool) -> Captured:
+def capture(
+    forward: Forward, now: Step, step: DeviceStep, request: Request, recorder: Callable[[], Recorder] | None
+) -> Captured:
     """Make a runnable step out of one call of `forward`.
 
     Parameters
@@ -62,21 +67,21 @@ def capture(forward: Forward, now: Step, step: DeviceStep, request: Request, *, 
         The model's own forward.
     now : Step
         The forward that is in progress.
-    graph : bool
-        False: each run calls `forward` again, without a graph.
+    recorder : callable or None
+        Makes what records the step; None: each run calls `forward` again.
 
     Raises
     ------
     NotCapturableError
-        If the model waits for the device, makes tensors whose shapes grow, or has layers that cannot attend on static
-        buffers. The cache is as it was.
+        If the model waits for the device around its attention, makes tensors whose shapes grow, or has layers that
+        cannot attend on static buffers. The cache is as it was.
     """
     inputs = _static_inputs(request)
     try:
         _answer_beforehand(step)
         write_state(step, REHEARSAL_TICKET, request)
-        if graph:
-            return _graph(forward, now, step, request, inputs)
+        if recorder is not None:
+            return _recorded(forward, now, step, request, inputs, recorder())
         kind, fields = _parts(_call(forward, now, step, request, inputs))
     except (UnsupportedModelError, RuntimeError) as error:
         msg = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -96,21 +101,39 @@ def write_state(step: DeviceStep, ticket: int, request: Request) -> None:
         step.static.write_bounds([x.layer for x in request.static], request.length, request.pads)
 
 
-def _graph(
-    forward: Forward, now: Step, step: DeviceStep, request: Request, inputs: dict[str, torch.Tensor]
+def _recorded(
+    forward: Forward,
+    now: Step,
+    step: DeviceStep,
+    request: Request,
+    inputs: dict[str, torch.Tensor],
+    recorder: Recorder,
 ) -> Captured:
+    def call() -> object:
+        return _call(forward, now, step, request, inputs)
+
+    # Twice: workspaces of some libraries are allocated at the second call only.
+    with _aside(step.shape.device):
+        with Watch() as watch:
+            call()
+        segments = Segments(watch.waiting)
+        segments.rehearse(now, call)
+    output, replay = segments.record(recorder, call)
+    kind, fields = _parts(output)
+    return Captured(inputs, kind, fields, lambda _now, _request: replay())
+
+
+@contextmanager
+def _aside(device: torch.device) -> Iterator[None]:
+    """Use another stream: what is rehearsed on the current one could not be captured."""
+    if device.type != "cuda":
+        yield
+        return
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):  # workspaces of some libraries are allocated at the second call only
-            _call(forward, now, step, request, inputs)
+        yield
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: a thread that pages in a prompt may allocate meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = _call(forward, now, step, request, inputs)
-    kind, fields = _parts(output)
-    return Captured(inputs, kind, fields, lambda _now, _request: graph.replay())
 
 
 def _call(forward: Forward, now: Step, step: DeviceStep, request: Request, inputs: dict[str, torch.Tensor]) -> object:

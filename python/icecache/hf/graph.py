@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,9 +19,10 @@ import torch
 from icecache import _core
 from icecache.attention import DeviceSearch, DeviceStep, EngineSearch, StepShape
 from icecache.config import PAGE_TOKENS
-from icecache.errors import EngineError, SearchMemoryError
+from icecache.errors import EngineError, IceCacheError, SearchMemoryError
 from icecache.hf.capture import Captured, capture, write_state
 from icecache.hf.request import NotCapturableError, Request, read_request
+from icecache.hf.segments import CudaRecorder, Recorder
 from icecache.hf.step import Engine, Step, current_step
 from icecache.pages import LayerPages
 from icecache.select import TreeSearch
@@ -76,8 +78,9 @@ class GraphDecoder:
     engine : Engine
         Shared with the layers of every cache.
     search : Search
-    graph : bool, default=True
-        False: run the same steps without a graph, on any device (tests).
+    recorder : callable or None
+        Makes what records a step, by default as CUDA graphs. None: run the same steps without a graph, on any device
+        (tests).
     fallback : callable or None, default=None
         Makes the search that takes over, with a warning, when the first one lacks memory on the device.
     """
@@ -88,10 +91,10 @@ class GraphDecoder:
         engine: Engine,
         search: Search,
         *,
-        graph: bool = True,
+        recorder: Callable[[], Recorder] | None = CudaRecorder,
         fallback: Callable[[], Search] | None = None,
     ) -> None:
-        self.model, self.engine, self.search, self.graph = model, engine, search, graph
+        self.model, self.engine, self.search, self._recorder = model, engine, search, recorder
         self._fallback = fallback
         self._names: list[str] = []
         self._own = model.forward
@@ -157,9 +160,20 @@ class GraphDecoder:
         except NotCapturableError as error:
             self._refuse(error)
             return None
-        if request is not None and self.graph and not all(x.is_cuda for x in request.inputs.values()):
+        if (
+            request is not None
+            and self._recorder is CudaRecorder
+            and not all(x.is_cuda for x in request.inputs.values())
+        ):
             return None
         return request
+
+    def _give_up(self, error: NotCapturableError) -> None:
+        """Refuse a model in the middle of a step; the step runs op by op."""
+        self._mark_end()
+        with suppress(IceCacheError):  # nobody uses this step
+            self.settle()
+        self._refuse(error)
 
     def _refuse(self, error: Exception) -> None:
         self.refused = str(error)
@@ -188,10 +202,12 @@ class GraphDecoder:
         ticket = self.search.begin(step, request.pages, self.engine.services.n_pages)
         self._running = step
         write_state(step, ticket, request)
-        captured.run(now, request)
-        if self.graph:
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._done.record()
+        try:
+            captured.run(now, request)
+        except NotCapturableError as error:
+            self._give_up(error)
+            return None
+        self._mark_end()
         for layer in request.layers:
             layer.commit_one()
         if step.static is not None:
@@ -201,6 +217,12 @@ class GraphDecoder:
         now.n_attention_calls += len(request.layers)
         output: object = captured.output(request)
         return output
+
+    def _mark_end(self) -> None:
+        """Note on the current stream that the step under way ends here."""
+        if self._running is not None and self._running.shape.device.type == "cuda":
+            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done.record()
 
     def _prepared(self, request: Request) -> DeviceStep:
         step = self._step_of(request)
@@ -233,7 +255,7 @@ class GraphDecoder:
         key = step.shape, step.epoch, request.kind
         captured = self._captured.get(key)
         if captured is None:
-            captured = self._captured[key] = capture(self._own, now, step, request, graph=self.graph)
+            captured = self._captured[key] = capture(self._own, now, step, request, self._recorder)
         return captured
 
     def _step_of(self, request: Request) -> DeviceStep:

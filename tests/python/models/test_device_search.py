@@ -15,6 +15,7 @@ from icecache import IceRuntime, _core
 from icecache.attention import DeviceSearch, EngineSearch
 from icecache.errors import BadTensorError
 from icecache.hf.graph import GraphDecoder
+from icecache.hf.segments import CudaRecorder
 from tiny import build, left_padded, prompt
 
 GPU = torch.cuda.is_available()
@@ -36,7 +37,8 @@ class CountingSearch(DeviceSearch):
 def with_device_search(runtime, fallback=None, **options):
     """Let a runtime decode on static buffers and search there; returns the search."""
     search = CountingSearch(runtime._services, **options)
-    decoder = GraphDecoder(runtime.model, runtime._engine, search, graph=GPU, fallback=fallback)
+    recorder = CudaRecorder if GPU else None
+    decoder = GraphDecoder(runtime.model, runtime._engine, search, recorder=recorder, fallback=fallback)
     runtime._hooks.decode_with(decoder)
     return search
 

@@ -12,6 +12,7 @@ import torch
 from icecache import EngineError, IceRuntime, _core
 from icecache.attention import EngineSearch
 from icecache.hf.graph import GraphDecoder
+from icecache.hf.segments import CudaRecorder
 from icecache.pages import as_bytes
 from tiny import build, left_padded, prompt, recurrent
 
@@ -31,11 +32,11 @@ class CountingSearch(EngineSearch):
         return super().begin(*arguments)
 
 
-def with_device_steps(runtime):
+def with_device_steps(runtime, recorder=CudaRecorder if GPU else None):
     """Let a runtime decode on static buffers; returns the search."""
     workers = None if GPU else 1
     search = CountingSearch(lambda: _core.Engine(workers, pin_threads=GPU), runtime._services)
-    runtime._hooks.decode_with(GraphDecoder(runtime.model, runtime._engine, search, graph=GPU))
+    runtime._hooks.decode_with(GraphDecoder(runtime.model, runtime._engine, search, recorder=recorder))
     return search
 
 
