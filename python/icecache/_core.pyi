@@ -302,14 +302,14 @@ def search(
 def select_pages(forests: list[Forest], pages: npt.NDArray[np.int64]) -> Selection:
     """Choose the given pages, int64 (R, H, K) ids of the current snapshots, -1 for none."""
 
+def random_pages(forests: list[Forest], k: int, seeds: list[int]) -> Selection:
+    """Draw `k` different pages of each head, all where it has fewer; one seed in 0..2**64 per forest."""
+
 def all_pages(forests: list[Forest]) -> Selection:
     """Choose every page of every head; K is the largest number of pages of a head."""
 
 class Selection:
-    """Pages chosen per (row, KV head); made by `search`, `select_pages` and `all_pages`.
-
-    It keeps the snapshots it came from alive: its pages stay as they were, whatever happens to the forests.
-    """
+    """Pages chosen per (row, KV head); they stay as they were, whatever happens to the forests."""
 
     @property
     def pages(self) -> npt.NDArray[np.int64]:

@@ -11,6 +11,12 @@ from icecache.errors import ConfigError
 PAGE_TOKENS = 16
 """Tokens of a page: fixed by the page store's layout."""
 
+WINDOW_TOKENS, NARROW_WINDOW_TOKENS = 32, 16
+"""Newest tokens that stay near by default, and how many where the wider window would leave one page to read.
+
+With sink 16 and window 32 a budget of 64 reads one page. Needle models, setup B, 24 samples (docs/LOG.md): two pages
+took one of them from .42 to 1.00 on a pointer chase at 64 tokens; at 128 and 256 the two windows are alike."""
+
 MIN_CANDIDATES = 112
 """Fewest pages scored from their keys: the index's own default."""
 
@@ -22,8 +28,8 @@ class IceConfig:
     Parameters
     ----------
     budget : int, default=256
-        Tokens attended per KV head and decode step: ``sink_tokens + window_tokens + 16 j`` with ``j >= 1`` retrieved
-        pages. The newest token, and up to 15 tokens that wait to enter the index, come on top and are reported.
+        Tokens attended per KV head and decode step: ``sink_tokens + window + 16 j`` with ``j >= 1`` retrieved pages.
+        The newest token, and up to 15 tokens that wait to enter the index, come on top and are reported.
     page_tokens : int, default=16
         Tokens per page. Only 16 in this version.
     candidates_per_page : int, default=24
@@ -32,8 +38,9 @@ class IceConfig:
         tokens, 13 pages read: exact match .83 with 112 candidates, .92 with 312); 6 do where it is sharp. 1 to 4096.
     sink_tokens : int, default=16
         First tokens of a sequence; always on the compute device. 0 to 4096.
-    window_tokens : int, default=32
-        Newest tokens of a sequence; always on the compute device. 1 to 65536.
+    window_tokens : int or None, default=None
+        Newest tokens of a sequence; always on the compute device. 1 to 65536. None: 32, or 16 where 32 would leave
+        less than two pages to read (a budget of 64); `window` says which.
     reuse : int, default=1
         Layers that share pages. Of `reuse` retrieval layers in a row (layers of other kinds and `dense_layers` do not
         count) the first one packs its keys into pages and searches; the others store their own keys and values in the
@@ -79,7 +86,7 @@ class IceConfig:
     page_tokens: int = PAGE_TOKENS
     candidates_per_page: int = 24
     sink_tokens: int = 16
-    window_tokens: int = 32
+    window_tokens: int | None = None
     reuse: int = 1
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 1024
@@ -103,7 +110,8 @@ class IceConfig:
             raise ConfigError(msg)
         _check_int("candidates_per_page", self.candidates_per_page, 1, 4096)
         _check_int("sink_tokens", self.sink_tokens, 0, 4096)
-        _check_int("window_tokens", self.window_tokens, 1, 65536)
+        if self.window_tokens is not None:
+            _check_int("window_tokens", self.window_tokens, 1, 65536)
         _check_int("reuse", self.reuse, 1, 64)
         _check_int("dense_below", self.dense_below, 0, 2**40)
         _check_int("seed", self.seed, 0, 2**63 - 1)
@@ -128,11 +136,11 @@ class IceConfig:
         self._check_budget()
 
     def _check_budget(self) -> None:
-        kept = self.sink_tokens + self.window_tokens
         _check_int("budget", self.budget, 1, 2**31)
+        kept = self.sink_tokens + self.window
         if self.budget < kept + PAGE_TOKENS or (self.budget - kept) % PAGE_TOKENS:
             msg = (
-                f"budget must be sink_tokens + window_tokens + {PAGE_TOKENS} j with j >= 1, that is "
+                f"budget must be sink_tokens + window + {PAGE_TOKENS} j with j >= 1, that is "
                 f"{kept + PAGE_TOKENS}, {kept + 2 * PAGE_TOKENS}, ..., got {self.budget}"
             )
             raise ConfigError(msg)
@@ -145,7 +153,15 @@ class IceConfig:
     @property
     def retrieved_pages(self) -> int:
         """Pages read per KV head and decode step."""
-        return (self.budget - self.sink_tokens - self.window_tokens) // PAGE_TOKENS
+        return (self.budget - self.sink_tokens - self.window) // PAGE_TOKENS
+
+    @property
+    def window(self) -> int:
+        """Newest tokens that stay near: `window_tokens`, or what the budget leaves room for."""
+        if self.window_tokens is not None:
+            return self.window_tokens
+        roomy = self.budget >= self.sink_tokens + WINDOW_TOKENS + 2 * PAGE_TOKENS
+        return WINDOW_TOKENS if roomy else NARROW_WINDOW_TOKENS
 
 
 def _check_int(field: str, value: object, low: int, high: int) -> None:

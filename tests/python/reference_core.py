@@ -162,6 +162,16 @@ def select_pages(forests: list[Forest], pages: np.ndarray) -> Selection:
     return Selection(forests, np.ascontiguousarray(pages, np.int64))
 
 
+def random_pages(forests: list[Forest], k: int, seeds: list[int]) -> Selection:
+    everything = all_pages(forests)
+    drawn = np.full((*everything.pages.shape[:2], min(k, everything.pages.shape[2])), -1, np.int64)
+    for r, seed in enumerate(seeds):
+        for head, pages in enumerate(everything.pages[r]):
+            chosen = np.random.default_rng([seed, head]).permutation(pages[pages >= 0])[:k]
+            drawn[r, head, : len(chosen)] = chosen
+    return select_pages(forests, drawn)
+
+
 def all_pages(forests: list[Forest]) -> Selection:
     width = max(max(forest.n_pages()) for forest in forests)
     pages = np.full((len(forests), forests[0].n_kv_heads, width), -1, np.int64)

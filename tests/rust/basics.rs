@@ -1,6 +1,8 @@
 //! One forest, one thread, ordinary data.
 
-use icecache_core::{Columns, Forest, Sealing, SearchOptions, all_pages, brute_pages, search, select_pages};
+use icecache_core::{
+    Columns, Forest, Sealing, SearchOptions, all_pages, brute_pages, random_pages, search, select_pages,
+};
 
 use crate::support::{add, bytes, forest, noise, pool};
 
@@ -205,4 +207,38 @@ fn a_full_page_splits_between_its_two_clusters() {
     add(&pool, &forest, &[4.0, 3.0]);
     let mates = page_mates(&forest, 16);
     assert_eq!(mates, [0, 2, 4, 6, 8, 10, 12, 14, 16]);
+}
+
+#[test]
+fn random_pages_are_different_ones_each_as_likely_as_any_other() {
+    let (pool, forest) = (pool(1), forest(2, 8));
+    add(&pool, &forest, &noise(2 * 2000 * 8, 4));
+    let n = forest.n_pages();
+    let mut drawn = vec![std::collections::HashMap::new(); 2];
+    for seed in 0..2000 {
+        let pages = random_pages(&[&forest], 5, &[seed]).unwrap().pages();
+        for (head, pages) in pages.chunks_exact(5).enumerate() {
+            assert_eq!(pages.iter().collect::<std::collections::HashSet<_>>().len(), 5);
+            pages.iter().for_each(|page| *drawn[head].entry(*page).or_insert(0_u32) += 1);
+        }
+    }
+    for (drawn, n) in drawn.iter().zip(n) {
+        // 10,000 draws of about 125 pages: 80 each, give or take 9.
+        assert_eq!(drawn.len(), n);
+        assert!(drawn.values().all(|&times| (40..130).contains(&times)), "{drawn:?}");
+    }
+}
+
+#[test]
+fn a_draw_of_more_pages_than_there_are_takes_all_of_them() {
+    let (pool, forest) = (pool(1), forest(1, 8));
+    add(&pool, &forest, &noise(1100 * 8, 4));
+    let (mut all, mut drawn) =
+        (all_pages(&[&forest]).unwrap().pages(), random_pages(&[&forest], 10_000, &[7]).unwrap().pages());
+    assert_eq!(drawn, random_pages(&[&forest], 10_000, &[7]).unwrap().pages());
+    assert_ne!(all, drawn);
+    all.sort_unstable();
+    drawn.sort_unstable();
+    assert_eq!(all, drawn);
+    assert!(random_pages(&[&forest], 1, &[]).is_err());
 }

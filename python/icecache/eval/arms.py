@@ -183,5 +183,5 @@ def arm_config(arm: Arm, base: IceConfig, n_tokens: int = 0) -> IceConfig:
     """
     if arm.policy != "exact":
         return replace(base, budget=arm.budget if arm.budget is not None else base.budget)
-    near = base.sink_tokens + base.window_tokens
+    near = base.sink_tokens + base.window
     return replace(base, budget=near + PAGE_TOKENS * (2 * n_tokens // PAGE_TOKENS + 2))

@@ -244,7 +244,7 @@ def _source(model: PreTrainedModel, policy: str, config: IceConfig, prefilled: P
     captured = model.device.type == "cuda" and config.decode == "auto"
     if policy not in SHARED_PAGES or captured:
         return prefilled.cache, 0.0
-    cut = (config.sink_tokens, config.window_tokens, config.dense_layers, config.dense_below)
+    cut = (config.sink_tokens, config.window, config.dense_layers, config.dense_below)
     if cut not in prefilled.pages:
         with IceRuntime.wrap(model, config, policy=policy) as runtime:
             began = time.perf_counter()

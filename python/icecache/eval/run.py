@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from icecache.config import IceConfig
+from icecache.config import NARROW_WINDOW_TOKENS, WINDOW_TOKENS, IceConfig
 from icecache.errors import DataError
 from icecache.eval.arms import Arm, dense_layers
 from icecache.eval.ask import ask
@@ -105,6 +105,8 @@ def identity(options: EvalOptions, source: ModelSource) -> dict[str, Json]:
         "seed": options.seed,
         "dense_layers": options.dense_layers,
         "settings": [*sorted(options.settings)],
+        # Defaults that were others once: older records do not belong into the same table.
+        "window_tokens": options.base_config().window_tokens or [WINDOW_TOKENS, NARROW_WINDOW_TOKENS],
     }
 
 

@@ -60,9 +60,7 @@ _PAGES: dict[str, Callable[[IceConfig], Selector]] = {
 }
 _MASKS: dict[str, Callable[[IceConfig], MaskPolicy]] = {
     "full": lambda _: Full(),
-    "icecache-paper": lambda config: IceCachePaper(
-        config.budget, config.sink_tokens, config.window_tokens, config.threads
-    ),
+    "icecache-paper": lambda config: IceCachePaper(config.budget, config.sink_tokens, config.window, config.threads),
     "snapkv": lambda config: SnapKV(config.budget, window=min(32, config.budget // 2)),
     "h2o": lambda config: H2O(config.budget),
     "quest": lambda config: Quest(config.budget),
@@ -70,11 +68,9 @@ _MASKS: dict[str, Callable[[IceConfig], MaskPolicy]] = {
     "pqcache": lambda config: PQCache(config.budget, seed=config.seed),
     "omnikv": lambda config: OmniKV(config.budget),
     "magicpig": lambda config: MagicPIG(config.budget, seed=config.seed),
-    "token-oracle": lambda config: TokenOracle(config.budget, config.sink_tokens, config.window_tokens),
-    "token-oracle-q": lambda config: TokenOracle(config.budget, config.sink_tokens, config.window_tokens, "query"),
-    "page-oracle-positional": lambda config: PositionalPageOracle(
-        config.budget, config.sink_tokens, config.window_tokens
-    ),
+    "token-oracle": lambda config: TokenOracle(config.budget, config.sink_tokens, config.window),
+    "token-oracle-q": lambda config: TokenOracle(config.budget, config.sink_tokens, config.window, "query"),
+    "page-oracle-positional": lambda config: PositionalPageOracle(config.budget, config.sink_tokens, config.window),
     "oracle-sampling": lambda config: OracleSampling(config.budget, seed=config.seed),
 }
 REUSING = "icecache-reuse"
@@ -99,7 +95,7 @@ def make_policy(policy: str | MaskPolicy, config: IceConfig) -> Policy:
     ConfigError
         If there is no such policy, or the budget is too small for it.
     """
-    layout = Layout(config.sink_tokens, config.window_tokens)
+    layout = Layout(config.sink_tokens, config.window)
     if not isinstance(policy, str):
         return Policy(layout, None, policy, policy.generated_kept)
     if policy == REUSING:

@@ -41,17 +41,15 @@ class RandomPages:
     def read(self, services: Services, request: Request) -> Read:
         """Read `n_pages` different random pages per KV head."""
         with services.recorder.part("search"):
-            pages = np.array(_core.all_pages(request.forests).pages)
-            for r, forest in enumerate(request.forests):
-                rng = np.random.default_rng([self.seed, request.layer, len(forest)])
-                for h in range(forest.n_kv_heads):
-                    live = pages[r, h][pages[r, h] >= 0]
-                    pages[r, h] = -1
-                    drawn = rng.permutation(live)[: request.n_pages]
-                    pages[r, h, : len(drawn)] = drawn
-            selection = _core.select_pages(request.forests, np.ascontiguousarray(pages[:, :, : request.n_pages]))
+            seeds = [_draw_seed(self.seed, request.layer, len(forest)) for forest in request.forests]
+            selection = _core.random_pages(request.forests, request.n_pages, seeds)
         read = services.read(request, selection)
         return replace(read, lse=None)  # nobody computed what the others would have held
+
+
+def _draw_seed(seed: int, layer: int, n_tokens: int) -> int:
+    """64 bits that depend on all three."""
+    return int(np.random.SeedSequence([seed, layer, n_tokens]).generate_state(1, np.uint64)[0])
 
 
 def chooses_pages(selector: Selector | None) -> bool:

@@ -33,7 +33,7 @@ mod _core {
     #[pymodule_export]
     use crate::pool::{Pool, simd};
     #[pymodule_export]
-    use crate::selection::{Selection, all_pages, search, select_pages};
+    use crate::selection::{Selection, all_pages, random_pages, search, select_pages};
     #[pymodule_export]
     use crate::vector::VectorIndex;
     #[pymodule_export]

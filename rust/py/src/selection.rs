@@ -11,7 +11,7 @@ use crate::errors::run;
 use crate::forest::Forest;
 use crate::pool::Pool;
 
-/// Pages chosen per (row, KV head); made by `search`, `select_pages` and `all_pages`.
+/// Pages chosen per (row, KV head); made by `search`, `select_pages`, `random_pages` and `all_pages`.
 ///
 /// It keeps the snapshots it came from alive: its pages stay as they were, whatever happens to the forests.
 #[pyclass(frozen, module = "icecache._core")]
@@ -162,4 +162,18 @@ pub(crate) fn all_pages(py: Python<'_>, forests: Vec<Bound<'_, Forest>>) -> PyRe
     let trees: Vec<&core::Forest> = forests.iter().map(|forest| &*forest.get().inner).collect();
     let chosen = run(py, || core::all_pages(&trees))?;
     Ok(Selection::new(chosen, &forests))
+}
+
+/// `k` pages of every head drawn at random, all of them where it has fewer; one seed per row.
+#[pyfunction]
+pub(crate) fn random_pages(
+    py: Python<'_>,
+    forests: Vec<Bound<'_, Forest>>,
+    k: &Bound<'_, PyAny>,
+    seeds: Vec<u64>,
+) -> PyResult<Selection> {
+    let k = count(k, "k")?;
+    let trees: Vec<&core::Forest> = forests.iter().map(|forest| &*forest.get().inner).collect();
+    let drawn = run(py, || core::random_pages(&trees, k, &seeds))?;
+    Ok(Selection::new(drawn, &forests))
 }

@@ -10,7 +10,17 @@ import torch
 from icecache import _core
 from icecache.pages import ahead
 
-CORE_NAMES = ("Pool", "PageStore", "Forest", "Selection", "extend", "search", "select_pages", "all_pages")
+CORE_NAMES = (
+    "Pool",
+    "PageStore",
+    "Forest",
+    "Selection",
+    "extend",
+    "search",
+    "select_pages",
+    "random_pages",
+    "all_pages",
+)
 
 
 @pytest.fixture(autouse=True)

@@ -68,14 +68,14 @@ def test_an_adopted_cache_equals_one_that_was_prefilled_here():
 def test_the_index_of_one_runtime_serves_others_with_other_budgets_and_policies():
     model, ids = build("llama"), prompt(1, 2300)
     outputs, expected = {}, {}
-    for policy, budget in [("icecache", 128), ("page-oracle", 96), ("random", 64)]:
+    for policy, budget in [("icecache", 128), ("page-oracle", 96), ("random", 80)]:
         with IceRuntime.wrap(model, budget=budget, dense_below=0, policy=policy):
             expected[policy] = model.generate(ids, max_new_tokens=20, do_sample=False)
     with IceRuntime.wrap(model, dense_below=0) as first:
         prefilled = first.new_cache()
         forward(model, ids[:, :-1], prefilled)
         host = first.stats().host_bytes
-    for policy, budget in [("icecache", 128), ("page-oracle", 96), ("random", 64)]:
+    for policy, budget in [("icecache", 128), ("page-oracle", 96), ("random", 80)]:
         with IceRuntime.wrap(model, budget=budget, dense_below=0, policy=policy) as runtime:
             cache = runtime.adopt(prefilled)
             outputs[policy] = model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False)

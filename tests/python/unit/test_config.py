@@ -10,15 +10,35 @@ from icecache import ConfigError, IceCacheError, IceConfig
 
 def test_the_default_reads_thirteen_pages():
     config = IceConfig()
-    assert (config.budget, config.sink_tokens, config.window_tokens, config.retrieved_pages) == (256, 16, 32, 13)
-    assert IceConfig(budget=64).retrieved_pages == 1
+    assert (config.budget, config.sink_tokens, config.window, config.retrieved_pages) == (256, 16, 32, 13)
     assert IceConfig(budget=128).retrieved_pages == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "window", "pages"),
+    [
+        ({"budget": 64}, 16, 2),
+        ({"budget": 48}, 16, 1),
+        ({"budget": 80}, 32, 2),
+        ({"budget": 64, "sink_tokens": 0}, 32, 2),
+        ({"budget": 64, "window_tokens": 32}, 32, 1),
+        ({"budget": 256, "window_tokens": 16}, 16, 14),
+    ],
+)
+def test_the_default_window_shrinks_rather_than_leave_one_page(settings, window, pages):
+    config = IceConfig(**settings)
+    assert (config.window, config.retrieved_pages) == (window, pages)
+    assert config.sink_tokens + config.window + 16 * config.retrieved_pages == config.budget
+
+
+def test_another_budget_splits_anew():
+    assert dataclasses.replace(IceConfig(budget=64), budget=256).window == 32
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("budget", 48, r"64, 80, \.\.\., got 48"),
+        ("budget", 32, r"48, 64, \.\.\., got 32"),
         ("budget", 100, r"16 j with j >= 1.*got 100"),
         ("budget", 0, r"budget must be an integer in 1\.\.=.*got 0"),
         ("budget", 256.0, r"budget must be an integer.*got 256\.0"),

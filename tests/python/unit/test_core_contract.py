@@ -113,6 +113,7 @@ CALLS = {
         exact=c,
     ),
     "select_pages": lambda a, _b, _c: _core.select_pages([a_forest()], a),
+    "random_pages": lambda a, b, _c: _core.random_pages([a_forest()], a, b),
     "all_pages": lambda a, _b, _c: _core.all_pages(a),
     "crop": lambda a, _b, _c: a_forest().crop(a),
     "read": lambda a, b, c: a_forest().read(a, b, c, c),
