@@ -421,11 +421,18 @@ class VectorIndex:
         k: int,
         *,
         beam: int | None = None,
+        recall: float | None = None,
         exact: bool = False,
         filter: Filter | None = None,  # noqa: A002 -- the name users look for
         out: tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]] | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Ids and distances (n, k) of the nearest vectors of queries (n, dim); without a pool on this thread."""
+    def set_sample(self, queries: npt.NDArray[np.float32]) -> None:
+        """Take a sample of queries (n, dim) as what recall is measured with; an empty one: stored vectors."""
+    def calibrate(
+        self, pool: Pool | None, k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Pages per query, the recall of the `k` nearest with so many, and its standard error, each (n,)."""
     def range_search(
         self,
         pool: Pool | None,

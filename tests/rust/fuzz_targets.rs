@@ -267,6 +267,10 @@ fn files() -> &'static [Vec<u8>] {
             let addition = Addition { vectors: rows.as_slice().into(), ids: None, on_conflict: OnConflict::Error };
             index.add(pool(), addition, None).unwrap();
             index.remove(pool(), &[3, 500, 1090], true).unwrap();
+            if at == 0 {
+                index.set_sample(&self::rows(9, 3, 5)).unwrap();
+                index.calibrate(None, 10).unwrap();
+            }
             index.to_bytes()
         };
         METRICS.iter().enumerate().map(make).collect()
@@ -300,6 +304,8 @@ fn use_it(index: &VectorIndex) {
         assert_eq!(found.ids.len(), 9);
         index.range_search(None, &query, 1.0, Some(50), effort).unwrap();
     }
+    let effort = Effort { recall: Some(0.9), ..Effort::default() };
+    assert_eq!(index.search(None, &query, 9, effort).unwrap().ids.len(), 9);
     let held: Vec<i64> = (0..1100).filter(|&id| index.contains(&[id])[0]).collect();
     index.get(&held, &mut vec![0.0; held.len() * index.config().dim]).unwrap();
     use_pages(index, &query);

@@ -101,6 +101,63 @@ fn an_unknown_section_is_skipped() {
     assert_eq!(VectorIndex::from_bytes(&pool(1), &with_more).unwrap().len(), 1497);
 }
 
+/// The same with a sample of three queries and a curve measured with them.
+fn calibrated() -> Vec<u8> {
+    let index = VectorIndex::from_bytes(&pool(1), &file()).unwrap();
+    index.set_sample(&(0..36).map(|i| (i as f32).cos()).collect::<Vec<f32>>()).unwrap();
+    index.calibrate(None, 10).unwrap();
+    index.to_bytes()
+}
+
+#[test]
+fn what_was_measured_for_a_recall_is_read_again() {
+    let index = VectorIndex::from_bytes(&pool(1), &calibrated()).unwrap();
+    assert_eq!(index.to_bytes(), calibrated());
+    let content = sections(&calibrated());
+    assert_eq!(content.len(), sections(&file()).len() + 1);
+    assert!(!index.calibrate(None, 10).unwrap().is_empty());
+}
+
+#[test]
+fn a_hostile_calibration_is_refused_by_name() {
+    let put = |at: usize, bytes: &[u8]| {
+        let mut content = sections(&calibrated());
+        of_tag(&mut content, *b"CALI")[at..at + bytes.len()].copy_from_slice(bytes);
+        assemble(&content)
+    };
+    // Behind the count: 3 queries of 12 numbers, the number of curves, then k, rows, removed, flag, points.
+    let (curves, k) = (8 + 36 * 4, 8 + 36 * 4 + 8);
+    let cases = [
+        put(0, &u64::MAX.to_le_bytes()),
+        put(0, &257_u64.to_le_bytes()),
+        put(0, &2_u64.to_le_bytes()),
+        put(8, &f32::NAN.to_le_bytes()),
+        put(8, &3e38_f32.to_le_bytes()),
+        put(curves, &u64::MAX.to_le_bytes()),
+        put(curves, &0_u64.to_le_bytes()),
+        put(curves, &2_u64.to_le_bytes()),
+        put(k, &0_u64.to_le_bytes()),
+        put(k + 8, &0_u64.to_le_bytes()),
+        put(k + 8, &u64::MAX.to_le_bytes()),
+        put(k + 24, &2_u32.to_le_bytes()),
+        put(k + 28, &0_u32.to_le_bytes()),
+        put(k + 28, &u32::MAX.to_le_bytes()),
+        put(k + 32, &0_u32.to_le_bytes()),
+        put(k + 36, &f32::NAN.to_le_bytes()),
+        put(k + 36, &1.5_f32.to_le_bytes()),
+        put(k + 40, &(-1_f32).to_le_bytes()),
+    ];
+    for (case, file) in cases.iter().enumerate() {
+        assert!(refusal(file).contains("CALI"), "case {case}: {}", refusal(file));
+    }
+    let length = of_tag(&mut sections(&calibrated()), *b"CALI").len();
+    for end in 0..length {
+        let mut content = sections(&calibrated());
+        of_tag(&mut content, *b"CALI").truncate(end);
+        assert!(refusal(&assemble(&content)).contains("CALI"), "cut at {end}");
+    }
+}
+
 #[test]
 fn a_mapped_file_is_the_index_that_was_saved() {
     let copied = VectorIndex::from_bytes(&pool(1), &file()).unwrap();
@@ -193,6 +250,9 @@ fn damaged_rows_of_an_unverified_mapping_neither_panic_nor_hang() {
             index.search(None, &query, 5, effort).unwrap();
             index.range_search(None, &query, 0.5, None, effort).unwrap();
         }
+        let recall = Effort { recall: Some(0.9), ..Effort::default() };
+        index.search(None, &query, 5, recall).unwrap();
+        assert!(index.range_search(None, &query, 0.5, None, recall).is_err());
         index.pages().unwrap();
         get(&index, &[11, 14]);
     }

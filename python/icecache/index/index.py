@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from icecache import _core
 from icecache.index.brute import Metric
-from icecache.index.convert import as_ids, as_rows, from_tensor
+from icecache.index.convert import as_ids, as_matrix, as_rows, from_tensor
 from icecache.index.pool import shared_pool
 from icecache.index.reading import Reading
 
@@ -92,6 +92,7 @@ class Index(Reading):
         ids: npt.ArrayLike | None = None,
         *,
         metric: Metric = "ip",
+        queries: npt.ArrayLike | None = None,
         dtype: Dtype = "float32",
         center: bool = True,
         seed: int = 0,
@@ -99,6 +100,8 @@ class Index(Reading):
         progress: Progress | None = None,
     ) -> Index:
         """Make an index of `vectors`, (n, dim); the same as `Index(dim, ...)` and one `add`.
+
+        With `queries`, (m, dim), also `set_sample` and `calibrate`: 256 of them are kept and tell what a recall takes.
 
         Raises
         ------
@@ -110,8 +113,28 @@ class Index(Reading):
             msg = f"vectors: expected shape (n, dim), got {shape}"
             raise ValueError(msg)
         index = cls(shape[1], metric, dtype=dtype, center=center, seed=seed, threads=threads)
+        sample = None if queries is None else as_matrix(queries, "queries", shape[1])[0]
         index.add(vectors, ids, progress=progress)
+        if sample is not None:
+            index._core.set_sample(sample)
+            index.calibrate()
         return index
+
+    def set_sample(self, queries: npt.ArrayLike) -> None:
+        """Take queries, (m, dim), as a sample of those to come: ``search(..., recall=...)`` goes by what they need.
+
+        256 of them at equal distances are kept, with the index and in its files, in place of any before. An empty array
+        drops them: stored vectors stand for queries again. Nothing is measured before `calibrate` or a search for a
+        recall. For ``ip`` give real queries: stored vectors ask other things than queries do.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Wrong shape or dtype, NaN or infinity (the message names the row).
+        ReadOnlyIndexError
+            A snapshot or a mapped file.
+        """
+        self._core.set_sample(as_matrix(queries, "queries", self.dim)[0])
 
     def add(
         self,

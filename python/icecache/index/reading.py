@@ -11,7 +11,7 @@ from icecache._core import Pool, VectorIndex
 from icecache.index.convert import as_ids, as_matrix, from_tensor
 from icecache.index.filter import FilterLike, as_filter
 from icecache.index.pool import shared_pool
-from icecache.index.result import PageResult, Pages, RangeResult, SearchResult
+from icecache.index.result import Calibration, PageResult, Pages, RangeResult, SearchResult
 
 Scorer = Literal["auto", "exact"]
 
@@ -64,6 +64,7 @@ class Reading:
         k: int = 10,
         *,
         beam: int | None = None,
+        recall: float | None = None,
         filter: FilterLike | None = None,  # noqa: A002 -- the name users look for
         exact: bool = False,
         threads: int | None = None,
@@ -78,6 +79,11 @@ class Reading:
             Neighbours per query. More than the index holds is fine: the rest is padded with -1 and +inf.
         beam : int, optional
             Pages scored exactly per query. Default: the attribute `beam`, or as many as this query needs.
+        recall : float, optional
+            Share of the `k` nearest to be found on average, above 0 and at most 1: so many pages are scored as it takes
+            for the queries of `calibrate`, and one standard error more. Not beside `beam`. The first such search for a
+            `k` (in steps of 1, 2, 5, 10, ..), and one after a quarter of the vectors has changed, measures that: some
+            256 exact searches. 1 looks at every vector.
         filter : Filter or bool array, (n,), or array_like of int, (m,), optional
             Return allowed ids only (see `Filter`). Fewer than `k` allowed: padded as above.
         exact : bool, default=False
@@ -95,20 +101,49 @@ class Reading:
         Raises
         ------
         ValueError, TypeError
-            Wrong shape or dtype, NaN or infinity (the message names the row), negative `k`, `beam` under 1.
+            Wrong shape or dtype, NaN or infinity (the message names the row), negative `k`, `beam` under 1, `recall`
+            not in (0, 1] or beside `beam`.
         """
         matrix, single = as_matrix(queries, "queries", self.dim)
         if k < 0:
             msg = f"k: expected at least 0, got {k}"
             raise ValueError(msg)
-        beam = self.beam if beam is None else beam
+        if recall is not None and not 0 < recall <= 1:
+            msg = f"recall: expected above 0 and at most 1, got {recall}"
+            raise ValueError(msg)
+        if recall is not None and beam is not None:
+            msg = f"recall: expected None beside beam={beam}, got {recall}"
+            raise ValueError(msg)
+        beam = self.beam if beam is None and recall is None else beam
         if beam is not None and beam < 1:
             msg = f"beam: expected at least 1 page, got {beam}"
             raise ValueError(msg)
-        pool = self._pool(threads) if len(matrix) > 1 else None
+        pool = self._pool(threads) if len(matrix) > 1 or recall is not None else None
         rows = None if out is None else (out[0][None], out[1][None]) if single else (out[0], out[1])
-        ids, distances = self._core.search(pool, matrix, k, beam=beam, exact=exact, filter=as_filter(filter), out=rows)
+        ids, distances = self._core.search(
+            pool, matrix, k, beam=beam, recall=recall, exact=exact, filter=as_filter(filter), out=rows
+        )
         return SearchResult(ids[0], distances[0]) if single else SearchResult(ids, distances)
+
+    def calibrate(self, k: int = 10, *, threads: int | None = None) -> Calibration:
+        """Give the curve by which ``search(..., recall=...)`` chooses how many pages to score for the `k` nearest.
+
+        It is measured, unless it is known already, with the queries given to `Index.build` or `Index.set_sample`, else
+        with stored vectors, which do not find themselves. Kept with the index, also in files.
+
+        Parameters
+        ----------
+        k : int, default=10
+            1..=10000; rounded up to 1, 2, 5, 10, 20, 50, ..
+        threads : int, optional
+            Worker threads of this call. Default: the index's.
+
+        Raises
+        ------
+        ValueError
+            If `k` is out of range.
+        """
+        return Calibration(*self._core.calibrate(self._pool(threads), k))
 
     def range_search(
         self,

@@ -70,6 +70,25 @@ class SearchResult(NamedTuple):
         return float(found) / wanted
 
 
+class Calibration(NamedTuple):
+    """How recall grows with the pages visited, measured on a sample; unpacks as ``beams, recalls, errors``.
+
+    Attributes
+    ----------
+    beams : int64 array, (n,)
+        Pages visited per query, ascending; the last one finds all but 1 in 2000 or is half of all pages. Empty where
+        the index is so small that a search looks at every vector.
+    recalls : float32 array, (n,)
+        Mean share of the k nearest vectors that was found.
+    errors : float32 array, (n,)
+        Standard error of that mean.
+    """
+
+    beams: npt.NDArray[np.int64]
+    recalls: npt.NDArray[np.float32]
+    errors: npt.NDArray[np.float32]
+
+
 class RangeResult(NamedTuple):
     """Vectors within a radius, query after query; unpacks as ``lims, ids, distances`` (the layout of faiss).
 

@@ -22,6 +22,9 @@ type Found<'py> = (Bound<'py, PyArrayDyn<i64>>, Bound<'py, PyArrayDyn<f32>>);
 /// Limits, ids, distances.
 type RangeColumns<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>);
 
+/// Pages, recalls, standard errors.
+type RecallColumns<'py> = (Bound<'py, PyArray1<i64>>, Bound<'py, PyArray1<f32>>, Bound<'py, PyArray1<f32>>);
+
 /// Pages, scores, mass.
 type PageMatches<'py> = (Bound<'py, PyArrayDyn<i32>>, Bound<'py, PyArrayDyn<f32>>, Bound<'py, PyArray1<f32>>);
 
@@ -130,7 +133,7 @@ impl VectorIndex {
 
     /// Ids, int64 (n, k), and distances, float32 (n, k), of the nearest vectors of queries, float32 (n, dim); written
     /// to `out` if given.
-    #[pyo3(signature = (pool, queries, k, *, beam=None, exact=false, filter=None, out=None))]
+    #[pyo3(signature = (pool, queries, k, *, beam=None, recall=None, exact=false, filter=None, out=None))]
     #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python method")]
     fn search<'py>(
         &self,
@@ -139,6 +142,7 @@ impl VectorIndex {
         queries: &Bound<'py, PyAny>,
         k: &Bound<'_, PyAny>,
         beam: Option<&Bound<'_, PyAny>>,
+        recall: Option<f64>,
         exact: bool,
         filter: Option<&Bound<'_, Filter>>,
         out: Option<(Bound<'py, PyAny>, Bound<'py, PyAny>)>,
@@ -147,12 +151,33 @@ impl VectorIndex {
         let queries = readonly::<f32>(queries, "queries", &[None, Some(self.dim())])?;
         let shape = [queries.shape()[0], k];
         let (rows, pool) = (slice(&queries, "queries")?, pool.map(|pool| &*pool.get().inner));
-        let effort = Effort { beam, exact, filter: filter.map(|filter| &filter.get().inner) };
+        let effort = Effort { beam, recall, exact, filter: filter.map(|filter| &filter.get().inner) };
         let found = search_in_blocks(py, &self.inner, pool, rows, k, effort)?;
         let Some((ids, distances)) = out else {
             return Ok((to_array(py, found.ids, &shape)?, to_array(py, found.distances, &shape)?));
         };
         Ok((write(&ids, "out[0]", &shape, &found.ids)?, write(&distances, "out[1]", &shape, &found.distances)?))
+    }
+
+    /// Take a sample of queries, float32 (n, dim), as what recall is measured with; an empty one: stored vectors.
+    fn set_sample(&self, py: Python<'_>, queries: &Bound<'_, PyAny>) -> PyResult<()> {
+        let queries = readonly::<f32>(queries, "queries", &[None, Some(self.dim())])?;
+        let rows = slice(&queries, "queries")?;
+        run(py, || self.inner.set_sample(rows))
+    }
+
+    /// Pages per query, int64 (n,), the recall of the `k` nearest with so many and its standard error, float32 (n,).
+    fn calibrate<'py>(
+        &self,
+        py: Python<'py>,
+        pool: Option<&Bound<'_, Pool>>,
+        k: &Bound<'_, PyAny>,
+    ) -> PyResult<RecallColumns<'py>> {
+        let (k, pool) = (count(k, "k")?, pool.map(|pool| &*pool.get().inner));
+        let points = run(py, || self.inner.calibrate(pool, k))?;
+        let beams = points.iter().map(|point| point.beam as i64).collect();
+        let (recalls, errors) = points.iter().map(|point| (point.recall, point.error)).unzip();
+        Ok((PyArray1::from_vec(py, beams), PyArray1::from_vec(py, recalls), PyArray1::from_vec(py, errors)))
     }
 
     /// `(lims, ids, distances)` of the vectors within `radius` of queries, float32 (n, dim): int64 (n + 1,), int64 and

@@ -20,7 +20,7 @@ use super::error::{Result, VectorError};
 
 const MAGIC: [u8; 4] = *b"ICEX";
 const MAJOR: u16 = 2;
-const MINOR: u16 = 0;
+const MINOR: u16 = 1;
 const ENDIAN: u32 = 0x0102_0304;
 const HEADER: usize = 32;
 const ENTRY: usize = 32;
@@ -131,6 +131,11 @@ impl<'a> Sections<'a> {
         }
         let problem = format!("section {} has {} bytes for {n} entries of {width}", name(tag), range.len());
         Err(VectorError::format(problem))
+    }
+
+    /// The bytes of a section of any length, if there is one.
+    pub(super) fn optional(&self, tag: Tag) -> Option<&'a [u8]> {
+        Some(&self.file[self.ranges.get(&tag)?.clone()])
     }
 
     /// The bytes of a section of `n * width` bytes.

@@ -3,10 +3,12 @@
 
 use std::ops::Range;
 
+use super::calibrate::{Calibration, MOST_CURVES, SAMPLE};
 use super::container::{Sections, u32_at, u64_at};
+use super::curve::Curve;
 use super::error::{Result, VectorError};
 use super::index::VectorConfig;
-use super::metric::{MAX_NORM, Metric};
+use super::metric::{MAX_NORM, Metric, check_rows};
 use super::save::{META_BYTES, PAGE_BYTES, dtype_code};
 use crate::config::{GROUP_PAGES, PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
 use crate::groups::GroupSummary;
@@ -25,6 +27,7 @@ pub(super) struct Content<'a> {
     pub(super) ids: Vec<i64>,
     pub(super) extra: Vec<f32>,
     pub(super) segments: Vec<SegmentContent<'a>>,
+    pub(super) calibration: Calibration,
     pub(super) tail_live: Vec<bool>,
     pub(super) tail_rows: &'a [u8],
     /// Where the sealed pages are.
@@ -89,6 +92,7 @@ pub(super) fn read<'a>(sections: &Sections<'a>) -> Result<Content<'a>> {
         ids,
         extra,
         segments,
+        calibration: calibration(sections, config.dim)?,
         tail_live,
         tail_rows: sections.bytes(*b"ROWS", n_tail, layout.key_bytes())?,
         keys: sections.range(*b"KEYS", n_pages, layout.page_bytes())?,
@@ -218,6 +222,22 @@ fn segment<'a>(
         levels,
         groups,
     })
+}
+
+fn calibration(sections: &Sections<'_>, dim: usize) -> Result<Calibration> {
+    let Some(bytes) = sections.optional(*b"CALI") else { return Ok(Calibration::default()) };
+    let wrong = || VectorError::format("section CALI has another length");
+    let count = |bytes: &[u8]| (bytes.len() >= 8).then(|| u64_at(bytes, 0)).ok_or_else(wrong);
+    let n_queries = usize::try_from(count(bytes)?).ok().filter(|&n| n <= SAMPLE).ok_or_else(wrong)?;
+    let (queries, bytes) = bytes[8..].split_at_checked(n_queries * dim * 4).ok_or_else(wrong)?;
+    let queries = floats(queries, "CALI")?;
+    check_rows("CALI", &queries, dim).map_err(|error| VectorError::format(error.to_string()))?;
+    let (n_curves, mut rest) = (count(bytes)?, &bytes[8..]);
+    if n_curves > MOST_CURVES as u64 {
+        return Err(VectorError::format(format!("section CALI holds {n_curves} curves")));
+    }
+    let curves = (0..n_curves).map(|_| Curve::read(&mut rest)).collect::<Result<_>>()?;
+    if rest.is_empty() { Ok(Calibration::of_parts(queries, curves)) } else { Err(wrong()) }
 }
 
 fn flags(bytes: &[u8]) -> Result<Vec<bool>> {

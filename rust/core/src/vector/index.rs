@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use arc_swap::ArcSwap;
 
+use super::calibrate::Calibration;
 use super::error::{Result, VectorError};
 use super::ids::IdTable;
 use super::metric::Metric;
@@ -161,8 +162,8 @@ impl VectorIndex {
         let state = self.state();
         let forest = state.fork();
         let view = forest.heads()[0].view();
-        let ids = Arc::new(state.ids.duplicate());
-        Self::from_parts(self.config, Some(forest), State { view, ids, ..State::clone(&state) })
+        let (ids, calibration) = (Arc::new(state.ids.duplicate()), Arc::new(state.calibration.duplicate()));
+        Self::from_parts(self.config, Some(forest), State { view, ids, calibration, ..State::clone(&state) })
     }
 
     /// The forest, for the one writer. Blocking.
@@ -249,6 +250,7 @@ impl State {
             n_live: 0,
             ids: Arc::new(IdTable::with_room(0)),
             next_id: 0,
+            calibration: Arc::new(Calibration::default()),
             compactions: 0,
         }
     }

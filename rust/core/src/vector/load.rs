@@ -171,6 +171,7 @@ fn finish(
         next_id: content.next_id,
         compactions: content.compactions,
         mean: content.mean.into(),
+        calibration: Arc::new(content.calibration),
         ..State::empty(config, &forest)
     };
     state.enter_ids(0);

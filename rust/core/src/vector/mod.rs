@@ -12,6 +12,7 @@
 //!   what they promise (`promise`), and only the best rows read (`coded`); one codebook per index, never stored in files;
 //! * **effort**: below that, a search visits pages until the rows it has not seen are expected to hold next to nothing
 //!   (`search`);
+//! * **recall**: how many pages a recall takes is measured on samples (`calibrate`, `curve`);
 //! * **files**: pages, ids and summaries, checksummed (`container`, `save`, `content`, `load`); copied or mapped.
 //!
 //! Readers load one [`arc_swap::ArcSwap`] snapshot and never wait; writers hold one mutex per index, prepare a new state on
@@ -21,10 +22,12 @@ mod axes;
 mod batch;
 mod best;
 mod book;
+mod calibrate;
 mod coded;
 mod codes;
 mod container;
 mod content;
+mod curve;
 mod error;
 mod filter;
 mod finish;
@@ -46,6 +49,7 @@ mod search;
 mod state;
 mod write;
 
+pub use curve::RecallPoint;
 pub use error::{Result, VectorError};
 pub use filter::Filter;
 pub use index::{OnConflict, VectorConfig, VectorIndex};

@@ -48,6 +48,9 @@ impl VectorIndex {
     ) -> Result<Ranges> {
         self.check_queries(queries)?;
         effort.check()?;
+        if effort.recall.is_some() {
+            return Err(VectorError::argument("recall", "none: all within the radius are found", &"one"));
+        }
         if radius.is_nan() {
             return Err(VectorError::argument("radius", "a number", &"NaN"));
         }

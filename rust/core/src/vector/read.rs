@@ -38,10 +38,11 @@ impl VectorIndex {
     ///
     /// One snapshot is searched: the state after some completed write. Wait-free but for a rare slow path of
     /// `arc-swap`; a stalled writer delays nobody. By default the search stops when what it has not seen is expected
-    /// to hold less than 1 in 40 of the result.
+    /// to hold less than 1 in 40 of the result. The first search for a recall measures what that takes, see
+    /// [`calibrate`](Self::calibrate).
     ///
     /// # Errors
-    /// If the length is no multiple of `dim`, a query is not finite, `beam` is 0, or the result would not fit memory.
+    /// If the length is no multiple of `dim`, a query is not finite, `beam` is 0 or given with a recall, a recall is not in (0, 1], or the result would not fit memory.
     pub fn search(
         &self,
         pool: Option<&ThreadPool>,
@@ -53,6 +54,7 @@ impl VectorIndex {
         effort.check()?;
         let state = self.state();
         let empty = Neighbours::reserve(n_queries, k)?;
+        let effort = if n_queries == 0 { effort } else { effort.resolved(&state, self.config.metric, k, pool) };
         let run = |parallel| search_batch(&state, self.config.metric, queries, k, effort, parallel, empty);
         match pool {
             Some(pool) if n_queries > 1 => Ok(pool.install(|| run(true))),
@@ -75,9 +77,7 @@ impl VectorIndex {
         let places = ids.iter().map(find).collect::<Result<Vec<Place>>>()?;
         for (row, &place) in out.chunks_exact_mut(dim).zip(&places) {
             state.read(place, row);
-            let (block, at) = state.entry(place.position);
-            let norm = if self.config.metric == Metric::Cosine { block.extra[at] } else { 1.0 };
-            Metric::decode(row, &state.mean, norm);
+            Metric::decode(row, &state.mean, state.norm(self.config.metric, place.position));
         }
         Ok(())
     }
@@ -109,6 +109,7 @@ impl VectorIndex {
             index_bytes: state.view.heap_bytes()
                 + state.block_bytes()
                 + state.ids.heap_bytes()
+                + state.calibration.heap_bytes()
                 + state.codes.as_ref().map_or(0, |codes| codes.heap_bytes())
                 + 4 * self.config.dim
                 + size_of::<State>(),

@@ -6,6 +6,7 @@
 //! | `MEAN` | file | dim f32 |
 //! | `IDS_` | row | id i64, in the order of positions, removed rows too |
 //! | `XTRA` | row | f32: half of the stored row's square (l2), norm as given (cosine); absent for ip |
+//! | `CALI` | file | queries u64, dim f32 each; curves u64, each as in `curve.rs`; absent where nothing was measured or given (2.1) |
 //! | `SEGS` | segment | number of pages u8 |
 //! | `PAGE` | sealed page | count u8, zero u8, live mask u16, scale, spread, radius, squared norm of the mean f32 |
 //! | `LOCL` | sealed page | 16 positions in the segment u16, then zeros |
@@ -112,6 +113,9 @@ fn sections(config: VectorConfig, state: &State) -> Vec<(Tag, Produce<'_>)> {
         let extra = state.blocks.iter().flat_map(|block| &block.extra).flat_map(|value| value.to_le_bytes());
         all.push((*b"XTRA", whole(extra.collect())));
     }
+    if let Some(bytes) = calibration(state) {
+        all.push((*b"CALI", whole(bytes)));
+    }
     all.push((*b"KEYS", Box::new(move |sink| keys(state, sink))));
     all
 }
@@ -130,6 +134,18 @@ fn meta(config: VectorConfig, state: &State) -> Vec<u8> {
         bytes.extend_from_slice(&field.to_le_bytes());
     }
     bytes
+}
+
+fn calibration(state: &State) -> Option<Vec<u8>> {
+    let (queries, curves) = (&state.calibration.queries, state.calibration.curves());
+    if queries.is_empty() && curves.is_empty() {
+        return None;
+    }
+    let mut bytes = ((queries.len() / state.dim()) as u64).to_le_bytes().to_vec();
+    bytes.extend(queries.iter().flat_map(|value| value.to_le_bytes()));
+    bytes.extend_from_slice(&(curves.len() as u64).to_le_bytes());
+    curves.iter().for_each(|curve| curve.write(&mut bytes));
+    Some(bytes)
 }
 
 /// Number of a storage type in files.

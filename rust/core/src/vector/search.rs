@@ -65,6 +65,8 @@ impl Neighbours {
 pub struct Effort<'a> {
     /// Sealed pages scored row by row per query; default: until next to nothing is expected in the others.
     pub beam: Option<usize>,
+    /// Visit as many pages as it took to find this share of the k nearest of a sample, on average; in (0, 1].
+    pub recall: Option<f64>,
     /// Score every row.
     pub exact: bool,
     /// Return allowed ids only.
@@ -73,11 +75,15 @@ pub struct Effort<'a> {
 
 impl Effort<'_> {
     /// Score every row.
-    pub const EXACT: Self = Self { beam: None, exact: true, filter: None };
+    pub const EXACT: Self = Self { beam: None, recall: None, exact: true, filter: None };
 
     pub(super) fn check(&self) -> Result<()> {
-        match self.beam {
-            Some(0) => Err(VectorError::argument("beam", "at least 1 page", &0)),
+        match (self.beam, self.recall) {
+            (Some(0), _) => Err(VectorError::argument("beam", "at least 1 page", &0)),
+            (Some(_), Some(_)) => Err(VectorError::argument("recall", "none beside a beam", &"both")),
+            (_, Some(recall)) if !(recall > 0.0 && recall <= 1.0) => {
+                Err(VectorError::argument("recall", "above 0 and at most 1", &recall))
+            }
             _ => Ok(()),
         }
     }

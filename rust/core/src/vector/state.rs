@@ -3,8 +3,10 @@
 
 use std::sync::Arc;
 
+use super::calibrate::Calibration;
 use super::codes::Codes;
 use super::ids::IdTable;
+use super::metric::Metric;
 use crate::arena::PageStore;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
 use crate::layout::PageLayout;
@@ -44,6 +46,8 @@ pub(super) struct State {
     pub(super) ids: Arc<IdTable>,
     /// First id that was never used; 2^63 when there is none left.
     pub(super) next_id: u64,
+    /// What searches for a recall go by.
+    pub(super) calibration: Arc<Calibration>,
     /// Times that the rows of removed vectors were reclaimed.
     pub(super) compactions: usize,
 }
@@ -87,14 +91,24 @@ impl State {
         block.ids[at]
     }
 
+    /// Norm of the vector at a position as it was given; 1 where rows keep theirs.
+    pub(super) fn norm(&self, metric: Metric, position: usize) -> f32 {
+        let (block, at) = self.entry(position);
+        if metric == Metric::Cosine { block.extra[at] } else { 1.0 }
+    }
+
+    /// The live row at a position.
+    pub(super) fn place(&self, position: usize) -> Option<Place> {
+        let (page, slot) = self.view.locate(position)?;
+        Some(Place { page, slot, position })
+    }
+
     /// Where the live row of an id is. Wait-free.
     pub(super) fn find(&self, id: i64) -> Option<Place> {
-        self.ids.positions(id).filter(|&position| position < self.n_rows() && self.id(position) == id).find_map(
-            |position| {
-                let (page, slot) = self.view.locate(position)?;
-                Some(Place { page, slot, position })
-            },
-        )
+        self.ids
+            .positions(id)
+            .filter(|&position| position < self.n_rows() && self.id(position) == id)
+            .find_map(|position| self.place(position))
     }
 
     /// Writes a stored row, as decoded, to `out`.

@@ -150,7 +150,9 @@ impl VectorIndex {
     ) -> Result<()> {
         let fresh = self.config.new_forest()?;
         let State { mean, centred, next_id, compactions, .. } = draft;
-        let mut state = State { mean, centred, next_id, compactions, ..State::empty(self.config, &fresh) };
+        let calibration = Arc::new(draft.calibration.renewed());
+        let empty = State::empty(self.config, &fresh);
+        let mut state = State { mean, centred, next_id, calibration, compactions, ..empty };
         append(self.config, pool, &fresh, &mut state, batch, &[], progress)?;
         *forest = fresh;
         self.publish(state);
