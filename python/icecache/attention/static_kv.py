@@ -30,6 +30,10 @@ class KeptLayer(Protocol):
     keys: torch.Tensor
     values: torch.Tensor
 
+    def get_seq_length(self) -> int:
+        """Positions; those that a window has left behind included."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class StaticShape:
@@ -117,9 +121,11 @@ class StaticLayer:
     def count_one(self, kept: KeptLayer) -> None:
         """Count the column that a step has written behind the last one of `kept`."""
         first, stop = self.used(kept)
-        if self.shape.window is not None:
-            first = max(first, stop + 1 - (self.shape.window - 1))
-        self._give(kept, first, stop + 1)
+        if self.shape.window is None:
+            self._give(kept, first, stop + 1)
+            return
+        first = max(first, stop + 1 - (self.shape.window - 1))
+        self._give(kept, first, stop + 1, cumulative_length=kept.get_seq_length() + 1)
 
     def release(self) -> None:
         """Give whoever lives here memory of its own."""
@@ -135,8 +141,9 @@ class StaticLayer:
         own, other = self.keys.untyped_storage(), kept.keys.untyped_storage()
         return self.keys.numel() > 0 and own.data_ptr() == other.data_ptr()
 
-    def _give(self, kept: KeptLayer, first: int, stop: int) -> None:
-        kept.keys, kept.values = self.keys[:, :, first:stop], self.values[:, :, first:stop]
+    def _give(self, kept: KeptLayer, first: int, stop: int, **more: int) -> None:
+        # One call, so that Ctrl-C finds all of it done or nothing.
+        vars(kept).update(keys=self.keys[:, :, first:stop], values=self.values[:, :, first:stop], **more)
 
 
 class StaticKV:

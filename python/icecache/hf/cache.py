@@ -436,6 +436,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         if length == 0:
             self._forget()
             return
+        if isinstance(self._pages, LayerPages):
+            self._pages.drop_unrecorded()
         self._length = self._pages.padding.n_positions if self._pages is not None else self._dense_length()
         if self._length > length:
             self._cut(self._length - length)

@@ -212,8 +212,6 @@ class GraphDecoder:
             layer.commit_one()
         if step.static is not None:
             step.static.count_one([x.layer for x in request.static])
-        for x in request.static:
-            x.count_one()
         now.n_attention_calls += len(request.layers)
         output: object = captured.output(request)
         return output

@@ -41,11 +41,6 @@ class StaticLayer:
         """Describe the buffers for this layer."""
         return StaticShape.of(self.number, self.layer, self.window)
 
-    def count_one(self) -> None:
-        """Count a token that a step has written for this layer; its keys and values are counted elsewhere."""
-        if isinstance(self.layer, DynamicSlidingWindowLayer):
-            self.layer.cumulative_length += 1
-
 
 def static_layer(number: int, layer: object, length: int) -> StaticLayer | str | None:
     """Read a cache layer that is none of ours.

@@ -115,6 +115,13 @@ class LayerPages:
             self.near = NearBuffer(rows, self.layout.sink_tokens)
         self.padding.append(keys.shape[2], valid)  # last: without memory for the tokens there must be no record of them
 
+    def drop_unrecorded(self) -> None:
+        """Forget new tokens whose positions were never recorded: Ctrl-C came between the two."""
+        recorded = self.padding.valid().sum(1).tolist()
+        extra = [self.length(b) - n for b, n in enumerate(recorded)]
+        if extra[0] > 0:
+            self.near.truncate(extra[0])
+
     def due(self) -> list[int]:
         """Window tokens of each row that have to leave before the next search."""
         over = [self.near.window_count(b) - self.layout.window_tokens for b in range(self.n_rows)]

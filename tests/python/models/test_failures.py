@@ -9,6 +9,7 @@ import torch
 from icecache import CacheStateError, IceCacheError, IceRuntime, PoolExhaustedError, UnsupportedModelError
 from icecache.errors import BadTensorError
 from icecache.pages import NearBuffer
+from icecache.pages.padding import PaddingLog
 from tiny import build, left_padded, prompt
 from transformers import DynamicCache
 
@@ -207,6 +208,27 @@ def test_running_out_of_device_memory_while_the_window_grows_loses_no_token(monk
             forward(model, ids[:, 200:201], cache)
         assert same(before, snapshot(cache))
         assert torch.equal(forward(model, ids[:, 200:201], cache), forward(model, ids[:, 200:201], twin))
+
+
+def test_ctrl_c_between_a_token_and_the_record_of_its_position_is_undone(monkeypatch):
+    model, ids = build("llama"), prompt(2, 203)
+    with IceRuntime.wrap(model, budget=4096, dense_below=0) as runtime:
+        cache = runtime.new_cache()
+        forward(model, ids[:, :200], cache)
+        twin, calls, append = copy.deepcopy(cache), [], PaddingLog.append
+
+        def interrupted(log, *arguments):
+            calls.append(1)
+            if len(calls) == 2:  # in the second layer, once
+                raise KeyboardInterrupt
+            append(log, *arguments)
+
+        monkeypatch.setattr(PaddingLog, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            forward(model, ids[:, 200:201], cache)
+        assert cache.get_seq_length() == 200
+        for t in range(200, 203):
+            assert torch.equal(forward(model, ids[:, t : t + 1], cache), forward(model, ids[:, t : t + 1], twin))
 
 
 def test_generate_continues_after_ctrl_c_as_if_nothing_had_happened():
