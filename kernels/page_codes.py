@@ -1,18 +1,20 @@
-"""Summaries of pages that are searched on the device: a coarse mean, and one or two bits per element of every key.
+"""Summaries of pages that are searched on the device: a coarse mean, and two bits per element of every key.
 
-Dimension key: S slots, P planes (bits per element), D key dim, T = 16 tokens of a page.
+Dimension key: S slots, D key dim, T = 16 tokens of a page.
 
 Keys are rotated by an orthonormal matrix first, which spreads channels that stick out over all of them:
 
     r[t] = k[t] @ rotation,   mean = scale * m (4 bits an element),   x[t] = r[t] - mean
-    code[t, d] in 0 .. 2**P - 1,   v = 2 code - (2**P - 1)            odd numbers, signed
+    v[t, d] = 2 s + f,   s = sign of x[t, d],   f = +1 or -1          -3, -1, 1 or 3: where x[t, d] lies
     r[t] ~ mean + step * share[t] * v[t]                              the least squares fit of x[t] by v[t]
+    r[t] ~ mean + SIGN_STEP * step * share[t] * s[t]                  with the signs alone
 
-What a slot holds: `words` its page (see `paged_decode`; 0: none), `planes` bit t of element d: **clear** if digit p of
-code[t, d] is set, so that it can serve as a sign; `means` elements 2 j and 2 j + 1 of m + 8 in the low and high half of
-byte j; `shares` of the tokens, 0 to 1; `numbers` scale, step, and the largest distance of a live key to its fit.
+What a slot holds: `words` its page (see `paged_decode`; 0: none), `signs` bit t of element d: set if s[t, d] is
+negative, `fine` the same of f; `means` elements 2 j and 2 j + 1 of m + 8 in the low and high half of byte j; `shares`
+of the tokens, in 255ths; `numbers` scale, step, and the largest distance of a live key to its fit by v.
 
-Slots are read where pages lie: the memory may be registered host memory.
+`fine` may lie in page-locked host memory, which holds half of the summaries off the device: it is read for few pages.
+Slots are read where pages lie: that memory may be page-locked host memory, too.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import triton.language as tl
 PAGE_TOKENS = 16
 STEP_OF_DEVIATION = 0.9957
 """Best distance of four equally spaced levels, in standard deviations of a normal variable."""
+SIGN_STEP = 1.6
+"""What the sign alone says of a normal variable, E |x| = .798 deviations, in steps of the fit by v, .498 deviations."""
 K_BLOCK = 32
 """Rows of the rotation loaded at a time: all of them do not fit the shared memory at 256 dimensions."""
 
@@ -35,59 +39,77 @@ class PageCodes:
     ----------
     words : torch.Tensor
         int64 (S,).
-    planes : torch.Tensor
-        int16 (S, P, D).
+    signs, fine : torch.Tensor
+        int16 (S, D); `fine` may be page-locked.
     means : torch.Tensor
         uint8 (S, D / 2).
     shares : torch.Tensor
-        float16 (S, 16).
+        uint8 (S, 16).
     numbers : torch.Tensor
         float32 (3, S).
     """
 
-    __slots__ = ("means", "numbers", "planes", "shares", "words")
+    __slots__ = ("fine", "means", "numbers", "shares", "signs", "words")
 
     def __init__(
         self,
         words: torch.Tensor,
-        planes: torch.Tensor,
+        signs: torch.Tensor,
+        fine: torch.Tensor,
         means: torch.Tensor,
         shares: torch.Tensor,
         numbers: torch.Tensor,
     ) -> None:
-        self.words, self.planes, self.means, self.shares, self.numbers = words, planes, means, shares, numbers
+        self.words, self.signs, self.fine = words, signs, fine
+        self.means, self.shares, self.numbers = means, shares, numbers
 
     def part(self, first: int, stop: int) -> PageCodes:
         """View some slots."""
         at = slice(first, stop)
-        return PageCodes(self.words[at], self.planes[at], self.means[at], self.shares[at], self.numbers[:, at])
+        lie_together = self.signs[at], self.fine[at], self.means[at], self.shares[at]
+        return PageCodes(self.words[at], *lie_together, self.numbers[:, at])
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All parts, in the order of the parameters."""
+        return self.words, self.signs, self.fine, self.means, self.shares, self.numbers
 
     def nbytes(self) -> int:
-        """Bytes on the device."""
-        return sum(t.nbytes for t in (self.words, self.planes, self.means, self.shares, self.numbers))
+        """Bytes on the device that holds the signs."""
+        return sum(t.nbytes for t in self.tensors() if t.device == self.signs.device)
 
 
-def slot_bytes(planes: int, dim: int) -> int:
-    """Bytes of one slot."""
-    return 8 + 2 * planes * dim + dim // 2 + 2 * PAGE_TOKENS + 12
+def slot_bytes(bits: int, dim: int) -> int:
+    """Bytes of one slot that holds so many bits an element."""
+    return 8 + 2 * bits * dim + dim // 2 + PAGE_TOKENS + 12
 
 
-def empty_codes(n_slots: int, planes: int, dim: int, device: torch.device) -> PageCodes:
+def empty_codes(n_slots: int, dim: int, device: torch.device, fine: torch.Tensor | None = None) -> PageCodes:
     """Slots without a page.
+
+    Parameters
+    ----------
+    fine : torch.Tensor or None
+        Memory that is to hold it: zeros, int16 (S, D). None: memory of the device.
 
     Raises
     ------
     ValueError
-        If `planes` is not 1 or 2, or `dim` is odd.
+        If `dim` is odd, or `fine` does not fit.
     """
-    if planes not in (1, 2) or dim % 2:
-        msg = f"planes, dim: expected 1 or 2 and an even number, got {planes} and {dim}"
+    if dim % 2:
+        msg = f"dim: expected an even number, got {dim}"
+        raise ValueError(msg)
+    signs = torch.zeros(n_slots, dim, dtype=torch.int16, device=device)
+    fine = torch.zeros_like(signs) if fine is None else fine
+    if fine.shape != signs.shape or fine.dtype != signs.dtype or not fine.is_contiguous():
+        msg = f"fine: expected contiguous {tuple(signs.shape)} of int16, got {tuple(fine.shape)} of {fine.dtype}"
         raise ValueError(msg)
     return PageCodes(
         words=torch.zeros(n_slots, dtype=torch.int64, device=device),
-        planes=torch.zeros(n_slots, planes, dim, dtype=torch.int16, device=device),
+        signs=signs,
+        fine=fine,
         means=torch.zeros(n_slots, dim // 2, dtype=torch.uint8, device=device),
-        shares=torch.zeros(n_slots, PAGE_TOKENS, dtype=torch.float16, device=device),
+        shares=torch.zeros(n_slots, PAGE_TOKENS, dtype=torch.uint8, device=device),
         numbers=torch.zeros(3, n_slots, dtype=torch.float32, device=device),
     )
 
@@ -104,7 +126,8 @@ def _page_codes_kernel(
     new_ptr,  # [n] int64 words
     rotation_ptr,  # [D, D] float32
     words_ptr,  # [S]
-    planes_ptr,  # [S, P, D]
+    signs_ptr,  # [S, D]
+    fine_ptr,  # [S, D]
     means_ptr,  # [S, D / 2]
     shares_ptr,  # [S, 16]
     numbers_ptr,  # [3, S]
@@ -113,7 +136,6 @@ def _page_codes_kernel(
     STEP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    P: tl.constexpr,
     T: tl.constexpr,
     KB: tl.constexpr,
 ):
@@ -143,50 +165,49 @@ def _page_codes_kernel(
         level = tl.minimum(tl.maximum(tl.floor(mean * inverse + 0.5), -7.0), 7.0)
         x = tl.where(live[:, None], rotated - (level * scale)[None, :], 0.0)
         square = tl.sum(x * x, 1)
-        if P == 1:
-            code = (x >= 0.0).to(tl.int32)
-        else:
-            width = STEP * tl.sqrt(square / D)
-            inverse_width = tl.where(width > 0.0, 1.0 / width, 0.0)
-            code = tl.minimum(tl.maximum(tl.floor(x * inverse_width[:, None]).to(tl.int32) + 2, 0), 3)
-        v = tl.where((d < D)[None, :], (2 * code - ((1 << P) - 1)).to(tl.float32), 0.0)
+        width = STEP * tl.sqrt(square / D)
+        inverse_width = tl.where(width > 0.0, 1.0 / width, 0.0)
+        code = tl.minimum(tl.maximum(tl.floor(x * inverse_width[:, None]).to(tl.int32) + 2, 0), 3)
+        v = tl.where((d < D)[None, :], (2 * code - 3).to(tl.float32), 0.0)
         along = tl.sum(v * x, 1)
         fit = along / tl.sum(v * v, 1)
         step = tl.max(fit, 0)  # of a token that is not live it is 0
-        share = tl.where(step > 0.0, fit / step, 0.0)
+        share = tl.where(step > 0.0, 255.0 * fit / step, 0.0)
         distance = tl.sqrt(tl.max(tl.maximum(square - fit * along, 0.0), 0))
-        for p in tl.static_range(P):
-            clear = ((code >> p) & 1) ^ 1
-            plane = tl.sum(clear << t[:, None], 0)
-            tl.store(planes_ptr + (slot * P + p) * D + d, plane.to(tl.int16), mask=d < D)
+        signs = tl.sum(((code >> 1) ^ 1) << t[:, None], 0)
+        fine = tl.sum(((code & 1) ^ 1) << t[:, None], 0)
+        tl.store(signs_ptr + slot * D + d, signs.to(tl.int16), mask=d < D)
+        tl.store(fine_ptr + slot * D + d, fine.to(tl.int16), mask=d < D)
         low, high = tl.split(tl.reshape((level + 8.0).to(tl.int32), [DP // 2, 2]))
         j = tl.arange(0, DP // 2)
         tl.store(means_ptr + slot * (D // 2) + j, (low | (high << 4)).to(tl.uint8), mask=j < D // 2)
-        tl.store(shares_ptr + slot * T + t, share.to(tl.float16))
+        tl.store(shares_ptr + slot * T + t, tl.floor(share + 0.5).to(tl.uint8))
         tl.store(numbers_ptr + slot, scale)
         tl.store(numbers_ptr + n_slots + slot, step)
         tl.store(numbers_ptr + 2 * n_slots + slot, distance)
 
 
-@torch.library.custom_op("icecache::page_codes", mutates_args=("words", "planes", "means", "shares", "numbers"))
+@torch.library.custom_op("icecache::page_codes", mutates_args=("words", "signs", "fine", "means", "shares", "numbers"))
 def _page_codes(
     slots: torch.Tensor,
     new: torch.Tensor,
     rotation: torch.Tensor,
     like: torch.Tensor,
     words: torch.Tensor,
-    planes: torch.Tensor,
+    signs: torch.Tensor,
+    fine: torch.Tensor,
     means: torch.Tensor,
     shares: torch.Tensor,
     numbers: torch.Tensor,
 ) -> None:
-    dim = planes.shape[2]
+    dim = signs.shape[1]
     _page_codes_kernel[(slots.numel(),)](
         slots,
         new,
         rotation,
         words,
-        planes,
+        signs,
+        fine,
         means,
         shares,
         numbers,
@@ -195,7 +216,6 @@ def _page_codes(
         STEP=STEP_OF_DEVIATION,
         D=dim,
         DP=max(16, triton.next_power_of_2(dim)),
-        P=planes.shape[1],
         T=PAGE_TOKENS,
         KB=K_BLOCK,
         num_warps=4,
@@ -209,7 +229,8 @@ def _(
     rotation: torch.Tensor,
     like: torch.Tensor,
     words: torch.Tensor,
-    planes: torch.Tensor,
+    signs: torch.Tensor,
+    fine: torch.Tensor,
     means: torch.Tensor,
     shares: torch.Tensor,
     numbers: torch.Tensor,
@@ -247,13 +268,12 @@ def page_codes(
         if tensor.shape != slots.shape or tensor.dtype != torch.int64 or tensor.dim() != 1:
             msg = f"{name}: expected one axis of int64 as long as slots, got {tuple(tensor.shape)} of {tensor.dtype}"
             raise ValueError(msg)
-    dim = codes.planes.shape[2]
+    dim = codes.signs.shape[1]
     if tuple(rotation.shape) != (dim, dim) or rotation.dtype != torch.float32 or not rotation.is_contiguous():
         msg = f"rotation: expected contiguous ({dim}, {dim}) float32, got {tuple(rotation.shape)} {rotation.dtype}"
         raise ValueError(msg)
     if slots.numel():
-        parts = codes.words, codes.planes, codes.means, codes.shares, codes.numbers
-        _page_codes(slots.contiguous(), words.contiguous(), rotation, like, *parts)
+        _page_codes(slots.contiguous(), words.contiguous(), rotation, like, *codes.tensors())
 
 
 def page_codes_ref(
@@ -263,7 +283,7 @@ def page_codes_ref(
     codes.words[slots] = words
     there = words != 0
     slots, words, keys = slots[there], words[there], keys[there].double()
-    n_planes, dim = codes.planes.shape[1:]
+    dim = codes.signs.shape[1]
     token = torch.arange(PAGE_TOKENS, device=words.device)
     live = ((words[:, None] >> (48 + token)) & 1).bool()[..., None]
     rotated = torch.where(live, keys, 0.0) @ rotation.double()
@@ -272,30 +292,30 @@ def page_codes_ref(
     level = torch.floor(torch.nan_to_num(mean / scale) + 0.5).clamp(-7, 7)
     x = torch.where(live, rotated - (level * scale)[:, None], 0.0)
     width = STEP_OF_DEVIATION * (x.square().sum(2, keepdim=True) / dim).sqrt()
-    code = (x >= 0).long() if n_planes == 1 else (torch.floor(torch.nan_to_num(x / width)).long() + 2).clamp(0, 3)
-    v = (2 * code - (2**n_planes - 1)).double()
+    code = (torch.floor(torch.nan_to_num(x / width)).long() + 2).clamp(0, 3)
+    v = (2 * code - 3).double()
     fit = (v * x).sum(2) / v.square().sum(2)
     step = fit.amax(1, keepdim=True)
-    digits = torch.arange(n_planes, device=words.device)[:, None]
-    clear = 1 - ((code[:, :, None] >> digits) & 1)  # [n, 16, P, D]
-    plane = (clear << token[:, None, None]).sum(1)
-    codes.planes[slots] = torch.where(plane >= 2**15, plane - 2**16, plane).to(torch.int16)
+    for plane, digit in ((codes.signs, code >> 1), (codes.fine, code & 1)):
+        bits = ((1 - digit) << token[:, None]).sum(1)
+        plane[slots] = torch.where(bits >= 2**15, bits - 2**16, bits).to(torch.int16)
     byte = level.long() + 8
     codes.means[slots] = (byte[:, ::2] | (byte[:, 1::2] << 4)).to(torch.uint8)
-    codes.shares[slots] = torch.nan_to_num(fit / step).to(torch.float16)
+    codes.shares[slots] = torch.floor(torch.nan_to_num(255 * fit / step) + 0.5).to(torch.uint8)
     distance = (x - fit[..., None] * v).square().sum(2)
     distance = torch.where(live[..., 0], distance, 0.0).amax(1).sqrt()
     codes.numbers[:, slots] = torch.stack([scale[:, 0], step[:, 0], distance]).float()
 
 
-def decoded(codes: PageCodes, slots: torch.Tensor) -> torch.Tensor:
-    """Rotated keys (n, 16, D) float32 as the summaries of `slots` have them."""
-    token = torch.arange(PAGE_TOKENS, device=slots.device)
-    planes = codes.planes[slots].long()
-    sign = 1 - 2 * ((planes[:, None] >> token[:, None, None]) & 1)  # [n, 16, P, D]
-    v = (sign << torch.arange(planes.shape[1], device=slots.device)[:, None]).sum(2).float()
+def decoded(codes: PageCodes, slots: torch.Tensor, *, fine: bool = True) -> torch.Tensor:
+    """Rotated keys (n, 16, D) float32 as the summaries of `slots` have them, or as their signs alone do."""
+    token = torch.arange(PAGE_TOKENS, device=slots.device)[:, None]
+    signs, rest = (
+        1 - 2 * ((x.to(slots.device)[slots].long()[:, None] >> token) & 1) for x in (codes.signs, codes.fine)
+    )
+    v = (2 * signs + rest).float() if fine else SIGN_STEP * signs
     byte = codes.means[slots].long()
     level = torch.stack([byte & 15, byte >> 4], -1).flatten(1) - 8
     scale, step, _ = codes.numbers[:, slots]
-    fit = step[:, None] * codes.shares[slots].float()
+    fit = step[:, None] * codes.shares[slots].float() / 255
     return (level * scale[:, None])[:, None] + fit[..., None] * v

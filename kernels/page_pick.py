@@ -2,11 +2,15 @@
 
 Dimension key: U units, N slots of a unit, G query heads per KV head, C candidates, K places of the page table.
 
-    total[u, g]  = sum over all pages of exp(log-sum-exp), exact for candidates and estimated elsewhere
+    known[u, g]  = sum_c exp(exact[u, c, g])
+    guess[u, g]  = sum_c exp(estimate of the same pages)
+    total[u, g]  = known + min(known / guess, 1) * (sum over all other pages of exp(estimate))
     weight[u, c] = sum_g exp(exact[u, c, g]) / total[u, g]
 
-The `n_pages` candidates with the largest weights go to the table, in ascending order of slots; zeros follow. A unit
-that is read whole gives all its pages, as many as there are places: the caller makes sure that they are candidates.
+Estimates make room for what they do not know, so their sums are too large, and not for all heads alike: the candidates
+show by how much. The `n_pages` candidates with the largest weights go to the table, in ascending order of slots; zeros
+follow. A unit that is read whole gives all its pages, as many as there are places: the caller makes sure that they are
+candidates.
 """
 
 from __future__ import annotations
@@ -15,6 +19,41 @@ import torch
 import triton
 import triton.language as tl
 from icecache.kernels.page_select import choose
+
+
+@triton.jit
+def weights_of(
+    exact_ptr,  # [U, C, G] float32
+    logits_ptr,  # [U, G, N] float32
+    lse_ptr,  # [U, G] float32
+    u,
+    c,  # [CP]
+    slot,  # [CP] int32
+    there,  # [CP]
+    n_slots,  # N
+    n_candidates,  # C
+    whole,
+    G: tl.constexpr,
+    GP: tl.constexpr,
+):
+    """Weights [CP] of candidates, their masses [CP, GP] over exp(top), `top` [GP], and totals [GP] over exp(top)."""
+    g = tl.arange(0, GP)
+    pair = there[:, None] & (g < G)[None, :]
+    exact = tl.load(exact_ptr + (u * n_candidates + c)[:, None] * G + g[None, :], mask=pair, other=float("-inf"))
+    guess_ptr = logits_ptr + (u * G + g)[None, :] * n_slots + slot[:, None]
+    guess = tl.load(guess_ptr, mask=pair, other=float("-inf"))
+    lse = tl.load(lse_ptr + u * G + g, mask=g < G, other=float("-inf"))
+    top = tl.maximum(lse, tl.max(exact, 0))
+    top = tl.where(top == float("-inf"), 0.0, top)
+    mass = tl.exp(exact - top[None, :])
+    known = tl.sum(mass, 0)
+    guessed = tl.sum(tl.exp(guess - top[None, :]), 0)
+    # What the estimates of the candidates leave of the whole; rounding must not make it negative.
+    rest = tl.maximum(tl.exp(lse - top) - guessed, 0.0)
+    rest *= tl.where(guessed > known, known / tl.where(guessed > known, guessed, 1.0), 1.0)
+    total = known + tl.where(whole != 0, 0.0, rest)
+    weight = tl.sum(mass / tl.where(total == 0.0, 1.0, total)[None, :], 1)
+    return weight, mass, top, total
 
 
 @triton.jit
@@ -45,21 +84,11 @@ def _page_pick_kernel(
     c = tl.arange(0, CP)
     g = tl.arange(0, GP)
     there = c < count
-    pair = there[:, None] & (g < G)[None, :]
     slot = tl.load(chosen_ptr + u * n_candidates + c, mask=there, other=0)
     word = tl.load(words_ptr + u * n_slots + slot, mask=there, other=0)
-    exact = tl.load(exact_ptr + (u * n_candidates + c)[:, None] * G + g[None, :], mask=pair, other=float("-inf"))
-    guess_ptr = logits_ptr + (u * G + g)[None, :] * n_slots + slot[:, None]
-    guess = tl.load(guess_ptr, mask=pair, other=float("-inf"))
-    lse = tl.load(lse_ptr + u * G + g, mask=g < G, other=float("-inf"))
-    top = tl.maximum(lse, tl.max(exact, 0))
-    top = tl.where(top == float("-inf"), 0.0, top)
-    mass = tl.exp(exact - top[None, :])  # [CP, GP]
-    # What the estimates of the candidates leave of the whole; rounding must not make it negative.
-    rest = tl.maximum(tl.exp(lse - top) - tl.sum(tl.exp(guess - top[None, :]), 0), 0.0)
-    rest = tl.where(whole != 0, 0.0, rest)
-    total = rest + tl.sum(mass, 0)
-    weight = tl.sum(mass / tl.where(total == 0.0, 1.0, total)[None, :], 1)
+    weight, mass, top, total = weights_of(
+        exact_ptr, logits_ptr, lse_ptr, u, c, slot, there, n_slots, n_candidates, whole, G, GP
+    )
     bits = tl.maximum(weight.to(tl.int32, bitcast=True), 1)
     taken = choose(tl.where(there, bits, 0), tl.where(whole != 0, n_places, n_pages))
     place = tl.cumsum(taken.to(tl.int32), 0) - 1
@@ -215,7 +244,10 @@ def page_pick_ref(
     picked, sums = [], []
     for unit, slots in enumerate(chosen):
         scores = logits[unit].clone()
-        scores[:, slots] = exact[unit, slots].T.to(scores.dtype)
+        known = exact[unit, slots].T.to(scores.dtype)
+        too_much = torch.logsumexp(scores[:, slots], -1) - torch.logsumexp(known, -1)
+        scores -= too_much.clamp(min=0).nan_to_num(0.0)[:, None]
+        scores[:, slots] = known
         total = torch.logsumexp(scores, -1)
         weight = (scores[:, slots] - total[:, None]).exp().sum(0)
         best = torch.argsort(weight, descending=True, stable=True)[:n_pages].tolist()

@@ -1,9 +1,9 @@
 """Estimate the log-sum-exp of every page from its summary, for all query heads of a KV head.
 
-Dimension key: U units, that is (sequence, KV head), N slots of a unit, G query heads per KV head, D key dim, P planes,
-J blocks of `SLOT_BLOCK` slots.
+Dimension key: U units, that is (sequence, KV head), N slots of a unit, G query heads per KV head, D key dim, J blocks
+of `SLOT_BLOCK` slots.
 
-    logit[g, t]  = scale * length[g] * (unit[g] . (mean + step * share[t] * v[t]) + reach * distance)
+    logit[g, t]  = scale * length[g] * (unit[g] . key[t] + reach * distance)       key: the fit of `page_codes`
     logits[u, g, n] = log sum_t exp(logit[g, t])           over the live tokens t of the page, see `page_codes`
 
 `reach` makes room for what a summary rounds away: a page must not be overlooked because its key was rounded against the
@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from icecache.kernels.page_codes import PageCodes
+from icecache.kernels.page_codes import SIGN_STEP, PageCodes
 
 SLOT_BLOCK = 64
 """Slots of a program."""
 REACH = (0.2, 0.1)
-"""`reach` with one and with two planes: a tenth is a third of the deviation of what two bits round away. Measured on
+"""`reach` with one bit and with two: a tenth is a third of the deviation of what two bits round away. Measured on
 keys of a trained model (docs/LOG.md)."""
 
 
@@ -59,9 +59,10 @@ def _page_scan_kernel(
     length_ptr,  # [U, G] float32
     extents_ptr,  # [U] int32, slots in use
     words_ptr,  # [U, N] int64
-    planes_ptr,  # [U, N, P, D] int16
+    signs_ptr,  # [U, N, D] int16
+    fine_ptr,  # [U, N, D] int16
     means_ptr,  # [U, N, D / 2] uint8
-    shares_ptr,  # [U, N, 16] float16
+    shares_ptr,  # [U, N, 16] uint8
     numbers_ptr,  # [3, ...] float32
     logits_ptr,  # [U, G, N] float32
     parts_ptr,  # [U, J, G, 2] float32
@@ -71,12 +72,13 @@ def _page_scan_kernel(
     scale,
     reach,
     softcap,
+    SHARE: tl.constexpr,  # of a step, per 255th
     HAS_CAP: tl.constexpr,
+    FINE: tl.constexpr,
     G: tl.constexpr,
     GP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
-    P: tl.constexpr,
     T: tl.constexpr,
     NB: tl.constexpr,
     NATIVE: tl.constexpr,  # not in the interpreter, which knows no inline assembly
@@ -109,22 +111,24 @@ def _page_scan_kernel(
     distance = tl.load(numbers_ptr + 2 * stride_numbers + slot, mask=inside, other=0.0)
     base = along_mean * mean_scale[:, None] + (reach * distance)[:, None]
     factor = scale * tl.load(length_ptr + u * G + g, mask=g < G, other=0.0)
-    plane_ptr = planes_ptr + slot[:, None] * (P * D) + d[None, :]
+    element = slot[:, None] * D + d[None, :]
     filled = inside[:, None] & (d < D)[None, :]
-    low = tl.load(plane_ptr, mask=filled, other=0)  # [NB, DP]
-    if P == 2:
-        high = tl.load(plane_ptr + D, mask=filled, other=0)
+    signs = tl.load(signs_ptr + element, mask=filled, other=0)  # [NB, DP]
+    if FINE:
+        fine = tl.load(fine_ptr + element, mask=filled, other=0)
     m = tl.full([NB, GP], float("-inf"), tl.float32)
     total = tl.zeros([NB, GP], tl.float32)
     # Unrolled, so that the planes are brought into the layout of the products once and not for each token.
     for i in tl.static_range(T):
         t = T - 1 - i
-        along = tl.dot(_signed_ones(low, NATIVE), q)
-        low = _next_bit(low, NATIVE)
-        if P == 2:
-            along = tl.dot(_signed_twos(high, NATIVE), q, along)
-            high = _next_bit(high, NATIVE)
-        share = tl.load(shares_ptr + slot * T + t, mask=inside, other=0.0).to(tl.float32)
+        if FINE:
+            along = tl.dot(_signed_ones(fine, NATIVE), q)
+            along = tl.dot(_signed_twos(signs, NATIVE), q, along)
+            fine = _next_bit(fine, NATIVE)
+        else:
+            along = tl.dot(_signed_ones(signs, NATIVE), q)
+        signs = _next_bit(signs, NATIVE)
+        share = SHARE * tl.load(shares_ptr + slot * T + t, mask=inside, other=0).to(tl.float32)
         logit = (base + (step * share)[:, None] * along) * factor[None, :]
         if HAS_CAP:
             logit = softcap * (2.0 * tl.sigmoid(2.0 * logit / softcap) - 1.0)
@@ -151,7 +155,8 @@ def _page_scan(
     length: torch.Tensor,
     extents: torch.Tensor,
     words: torch.Tensor,
-    planes: torch.Tensor,
+    signs: torch.Tensor,
+    fine: torch.Tensor,
     means: torch.Tensor,
     shares: torch.Tensor,
     numbers: torch.Tensor,
@@ -159,15 +164,17 @@ def _page_scan(
     parts: torch.Tensor,
     scale: float,
     softcap: float,
+    use_fine: bool,
 ) -> None:
     units, g, n = logits.shape
-    n_planes, d = planes.shape[1:]
+    d = signs.shape[1]
     _page_scan_kernel[(triton.cdiv(n, SLOT_BLOCK), units)](
         unit,
         length,
         extents,
         words,
-        planes,
+        signs,
+        fine,
         means,
         shares,
         numbers,
@@ -177,14 +184,15 @@ def _page_scan(
         n,
         parts.shape[1],
         scale,
-        REACH[n_planes - 1],
+        REACH[use_fine],
         softcap,
+        SHARE=(1.0 if use_fine else SIGN_STEP) / 255.0,
         HAS_CAP=softcap > 0.0,
+        FINE=use_fine,
         G=g,
         GP=max(8, triton.next_power_of_2(g)),
         D=d,
         DP=max(32, triton.next_power_of_2(d)),
-        P=n_planes,
         T=16,
         NB=SLOT_BLOCK,
         NATIVE=not triton.knobs.runtime.interpret,
@@ -198,7 +206,8 @@ def _(
     length: torch.Tensor,
     extents: torch.Tensor,
     words: torch.Tensor,
-    planes: torch.Tensor,
+    signs: torch.Tensor,
+    fine: torch.Tensor,
     means: torch.Tensor,
     shares: torch.Tensor,
     numbers: torch.Tensor,
@@ -206,6 +215,7 @@ def _(
     parts: torch.Tensor,
     scale: float,
     softcap: float,
+    use_fine: bool,
 ) -> None:
     return None
 
@@ -225,6 +235,7 @@ def page_scan(
     scale: float,
     *,
     softcap: float | None = None,
+    fine: bool = True,
 ) -> None:
     """Estimate all pages of all units; see the module docstring.
 
@@ -244,6 +255,8 @@ def page_scan(
         Factor on the logits.
     softcap : float, optional
         ``softcap * tanh(logit / softcap)``.
+    fine : bool, default=True
+        Use both bits of an element; False: the sign alone.
 
     Raises
     ------
@@ -251,7 +264,7 @@ def page_scan(
         If a shape or dtype differs from the above.
     """
     units, g, n = logits.shape
-    d = codes.planes.shape[2]
+    d = codes.signs.shape[1]
     expected = (
         ("unit", unit.flatten(0, -3), (units, g, d), torch.float16),
         ("length", length.flatten(0, -2), (units, g), torch.float32),
@@ -264,8 +277,7 @@ def page_scan(
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             msg = f"{name}: expected contiguous {shape} of {dtype}, got {tuple(tensor.shape)} of {tensor.dtype}"
             raise ValueError(msg)
-    stored = codes.words, codes.planes, codes.means, codes.shares, codes.numbers
-    _page_scan(unit, length, extents, *stored, logits, parts, scale, softcap or 0.0)
+    _page_scan(unit, length, extents, *codes.tensors(), logits, parts, scale, softcap or 0.0, fine)
 
 
 def page_scan_ref(

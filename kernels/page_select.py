@@ -151,9 +151,9 @@ def _page_select(
         num_warps=4,
     )
     padded = triton.next_power_of_2(n_blocks * n_candidates)
-    _best_of_unit_kernel[(units,)](
-        slots, bits, block_counts, chosen, counts, n_blocks, n_candidates, MP=padded, num_warps=1 if padded < 512 else 4
-    )
+    best_of_all = slots, bits, block_counts, chosen, counts, n_blocks, n_candidates
+    # A warp alone counts without waiting for others; it holds 16 numbers a thread.
+    _best_of_unit_kernel[(units,)](*best_of_all, MP=padded, num_warps=min(max(padded // 512, 1), 16))
 
 
 @_page_select.register_fake

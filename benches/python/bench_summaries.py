@@ -4,21 +4,26 @@
 
 Contexts are prefilled densely; question and answer run under a budget of 256, and some queries of all layers and
 heads are kept with the pages there are. Ways: `means` as the host ranks (mean + .25 radius, without its int8 rounding),
-`1` and `2` bits as the device does.
+candidates scored from all keys; `2 bits` as the device does with both bits there, from all keys of a candidate or its
+best; `1 bit` as it does by default: four times as many candidates by signs, of them the candidates by both bits.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from icecache import IceRuntime, _core
+from icecache.attention.finder import BEST_TOKENS, COARSE
 from icecache.eval.needle import load_needle, make_samples
 from icecache.eval.needle.runner import ask
 from icecache.hf.names import cache_argument
 from icecache.kernels.page_codes import decoded, empty_codes, page_codes_ref, rotation_matrix
-from icecache.kernels.page_exact import page_exact_ref
+from icecache.kernels.page_exact import page_best_ref, page_exact_ref
+from icecache.kernels.page_pick import page_pick_ref
+from icecache.kernels.page_refine import page_refine_ref
 from icecache.kernels.page_scan import REACH, page_scan_ref
 from icecache.pages import as_bytes
 from icecache.select import Request, TreeSearch
@@ -54,35 +59,55 @@ class Recorder:
                     kept[2].append(torch.from_numpy(np.array(request.queries[row, head])))
 
 
-def estimates(keys: torch.Tensor, live: torch.Tensor, queries: torch.Tensor, scaling: float) -> dict[str, torch.Tensor]:
-    """Log-sum-exp (Q, G, N) of all pages by way; keys (N, 16, D), queries (Q, G, D)."""
-    n, dim = live.sum(1), keys.shape[2]
-    masked = torch.where(live[..., None], keys, 0.0)
-    mean = masked.sum(1) / n[:, None]
-    radius = torch.where(live, (keys - mean[:, None]).norm(dim=-1), 0.0).amax(1)
-    length = queries.norm(dim=-1, keepdim=True)
-    ways = {"means": (queries @ mean.T + MEAN_REACH * length * radius) * scaling + n.log()}
-    words = (live.long() << torch.arange(48, 64)).sum(1) | 1
-    slots, rotation = torch.arange(len(keys)), rotation_matrix(dim, torch.device("cpu"))
-    for planes in (1, 2):
-        codes = empty_codes(len(keys), planes, dim, torch.device("cpu"))
-        page_codes_ref(codes, slots, words, rotation, masked)
-        keys_again, distance = decoded(codes, slots)[None], codes.numbers[2][None]
-        found = [
-            page_scan_ref(q[None], rotation, keys_again, distance, words[None], scaling, reach=REACH[planes - 1])[0]
-            for q in queries
-        ]
-        ways[str(planes)] = torch.stack(found)
-    return ways
+class Head:
+    """One KV head: its pages (N, 16, D), their summaries, and what the host ranks by."""
+
+    def __init__(self, keys: torch.Tensor, live: torch.Tensor, scaling: float) -> None:
+        self.live, self.scaling = live[None], scaling
+        self.keys = torch.where(live[..., None], keys, 0.0)[None]
+        n, dim = live.sum(1), keys.shape[2]
+        self.mean, self.ln_n = self.keys[0].sum(1) / n[:, None], n.log()
+        self.radius = torch.where(live, (self.keys[0] - self.mean[:, None]).norm(dim=-1), 0.0).amax(1)
+        self.words = ((live.long() << torch.arange(48, 64)).sum(1) | 1)[None]
+        slots, self.rotation = torch.arange(len(keys)), rotation_matrix(dim, torch.device("cpu"))
+        codes = empty_codes(len(keys), dim, torch.device("cpu"))
+        page_codes_ref(codes, slots, self.words[0], self.rotation, self.keys[0])
+        self.decoded = {fine: decoded(codes, slots, fine=fine)[None] for fine in (False, True)}
+        self.distance = codes.numbers[2][None]
+
+    def by_means(self, q: torch.Tensor) -> torch.Tensor:
+        """Estimates (1, G, N) for queries (G, D)."""
+        room = MEAN_REACH * q.norm(dim=-1, keepdim=True) * self.radius
+        return ((q @ self.mean.T + room) * self.scaling + self.ln_n)[None]
+
+    def by_codes(self, q: torch.Tensor, *, fine: bool) -> torch.Tensor:
+        """Estimates (1, G, N) for queries (G, D)."""
+        stored = self.decoded[fine], self.distance, self.words
+        return page_scan_ref(q[None], self.rotation, *stored, self.scaling, reach=REACH[fine])
+
+    def exact(self, q: torch.Tensor, lse: torch.Tensor, best: int) -> torch.Tensor:
+        """Scores (1, N, G) from the keys of the best tokens."""
+        guessed = self.decoded[True] @ self.rotation.T
+        return page_best_ref(q[None], self.keys, guessed, self.live, lse, self.scaling, best=best)
 
 
-def lost(estimate: torch.Tensor, share: torch.Tensor, n_candidates: int, n_pages: int) -> float:
-    """Mean mass a head that `n_pages` of the best `n_candidates` (0: no second stage) hold less than the best pages."""
-    weight = torch.softmax(estimate, -1).sum(0)
-    picked = weight.topk(min(n_candidates or n_pages, len(weight))).indices
-    best = share.sum(0).topk(min(n_pages, len(weight))).values.sum()
-    kept = share.sum(0)[picked].topk(min(n_pages, len(picked))).values.sum()
-    return float(best - kept) / len(share)
+def choices(head: Head, q: torch.Tensor, n_pages: int, candidates: list[int]) -> Iterator[tuple[str, int, list[int]]]:
+    """Way, candidates, and the pages chosen for queries (G, D)."""
+    means, signs, both = head.by_means(q), head.by_codes(q, fine=False), head.by_codes(q, fine=True)
+    lse = torch.logsumexp(both, -1)
+    scores = {best: head.exact(q, lse, best) for best in (BEST_TOKENS, 16)}
+    for c in candidates:
+        top = {way: _best(x, c) for way, x in (("means", means), ("2 bits", both), ("1 bit", signs))}
+        yield "means", c, page_pick_ref(scores[16], means, top["means"], n_pages)[0][0]
+        yield "2 bits, all keys", c, page_pick_ref(scores[16], both, top["2 bits"], n_pages)[0][0]
+        yield f"2 bits, {BEST_TOKENS} keys", c, page_pick_ref(scores[BEST_TOKENS], both, top["2 bits"], n_pages)[0][0]
+        kept = page_refine_ref(both, signs, _best(signs, COARSE * c), c)
+        yield f"1 bit, {BEST_TOKENS} keys", c, page_pick_ref(scores[BEST_TOKENS], signs, kept, n_pages)[0][0]
+
+
+def _best(estimate: torch.Tensor, n: int) -> list[list[int]]:
+    weight = torch.softmax(estimate[0], -1).sum(0)
+    return [weight.topk(min(n, len(weight))).indices.tolist()]
 
 
 def main() -> None:
@@ -91,7 +116,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", default=["chase8", "gsm", "kv_dense", "kv_rand"])
     parser.add_argument("--pages", type=int, default=13)
-    parser.add_argument("--candidates", type=int, nargs="+", default=[0, 32, 48, 96, 112, 312])
+    parser.add_argument("--candidates", type=int, nargs="+", default=[32, 48, 64, 96, 312])
     parser.add_argument("--every", type=int, default=12, help="steps from one that is looked at to the next")
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args()
@@ -118,16 +143,14 @@ def main() -> None:
                 TreeSearch.read = read  # type: ignore[method-assign]
         losses: dict[tuple[str, int], list[float]] = {}
         for keys, live, kept, scaling in recorder.seen.values():
-            queries = torch.stack(kept)
-            ways = estimates(keys, live, queries, scaling)
-            for i, query in enumerate(queries):
-                masked = torch.where(live[..., None], keys, 0.0)
-                share = torch.softmax(page_exact_ref(query[None], masked[None], live[None], scaling)[0].T, -1)
-                for way, estimate in ways.items():
-                    for c in args.candidates:
-                        losses.setdefault((way, c), []).append(lost(estimate[i], share, c, args.pages))
-        for (way, c), values in losses.items():
-            print(f"{task:10} {way:>6} {c:4} candidates: {np.mean(values):.4f}  ({len(values)} queries)", flush=True)
+            head = Head(keys, live, scaling)
+            for q in kept:
+                share = torch.softmax(page_exact_ref(q[None], head.keys, head.live, scaling)[0].T, -1).sum(0)
+                best = share.topk(min(args.pages, len(share))).values.sum()
+                for way, c, picked in choices(head, q, args.pages, args.candidates):
+                    losses.setdefault((way, c), []).append(float(best - share[picked].sum()) / len(q))
+        for (way, c), values in sorted(losses.items()):
+            print(f"{task:10} {way:>16} {c:4} candidates: {np.mean(values):.4f}  ({len(values)} queries)", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ class Mirror:
         self, pool: Pool, forests: list[Forest], stride: int
     ) -> tuple[_Ints, _Ints, npt.NDArray[np.int32], _Ints, int]:
         """Slots (``tree * stride + slot``) and words of changes, slots in use and tokens by tree, most slots in use."""
+    def foresee(self, pool: Pool, forests: list[Forest], stride: int) -> None:
+        """Look ahead at what the forests will be at the next `update`: if they are, that has nothing to compare."""
     def clear(self) -> None:
         """Forget the last look, so that its pages can be freed."""
 
@@ -74,6 +76,8 @@ class HostMemory:
         device: int | None = None,
         simulated_limit: int | None = None,
     ) -> None: ...
+    def lend(self, n_bytes: int) -> npt.NDArray[np.uint8]:
+        """Lend zeroed memory, not copied; given back with the last array that views it. `MemoryError`: no room."""
     def reserved_bytes(self) -> int:
         """Bytes held now."""
     def pinned_bytes(self) -> int:

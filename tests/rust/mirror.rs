@@ -103,6 +103,34 @@ fn another_sequence_is_told_as_a_difference_to_the_one_before() {
 }
 
 #[test]
+fn a_look_ahead_comes_to_what_a_look_finds() {
+    let (pool, store) = (pool(1), forest(2, 4).store().clone());
+    let trees = Forest::with_sealing(store.clone(), 2, Sealing::Tiers).unwrap();
+    add(&pool, &trees, &noise(2 * 900 * 4, 1));
+    let (mut looks, mut foresees) = (Mirror::default(), Mirror::default());
+    for round in 0..90 {
+        let ahead = trees.ahead().unwrap();
+        add(&pool, ahead.forest(), &noise(2 * 16 * 4, round));
+        // Some looks ahead see what never comes to be, and some trees come to be that nobody foresaw.
+        match round % 7 {
+            5 => foresees.foresee(&pool, &[&trees], STRIDE),
+            6 => {}
+            _ => foresees.foresee(&pool, &[ahead.forest()], STRIDE),
+        }
+        if round % 11 == 3 {
+            trees.crop(trees.len() - 20).unwrap();
+        } else {
+            assert!(trees.adopt(&ahead).unwrap());
+        }
+        let (found, foreseen) = (looks.update(&pool, &[&trees], STRIDE), foresees.update(&pool, &[&trees], STRIDE));
+        assert!(!found.slots.is_empty());
+        assert_eq!(found, foreseen, "round {round}");
+    }
+    drop((looks, foresees, trees));
+    assert_eq!(store.used_bytes(), 0);
+}
+
+#[test]
 fn decoding_changes_few_slots() {
     let (pool, forest) = (pool(1), forest(1, 4));
     let trees = Forest::with_sealing(forest.store().clone(), 1, Sealing::Tiers).unwrap();

@@ -19,8 +19,9 @@ from icecache.errors import BadTensorError, EngineError, SearchMemoryError
 from icecache.pages import LayerPages
 from icecache.select import Services
 
-_GROWTH_PART = 8
-"""A context may grow by this part before its summaries move; then the step is captured anew."""
+_GROWTH_PART = 32
+"""A context may grow by this part, and some 1,000 tokens, before its summaries move; then the step is captured anew,
+which takes .1 s at 36k tokens. Room that is not used yet counts as memory of the device."""
 _TICKET = 1
 """Nobody is asked, so nobody compares it."""
 
@@ -56,14 +57,14 @@ class DeviceSearch:
     ----------
     services : Services
         Of the runtime; the memory of its stores must be page-locked when a step is made for a CUDA device.
-    planes : int, default=2
-        Bits per element of a key in the summaries, 1 or 2.
+    bits : int, default=1
+        Per element of a key on the device, 1 or 2; with 1 the second ones lie in page-locked host memory.
     limit_bytes : int or None, default=None
         Most bytes of summaries of a step.
     """
 
-    def __init__(self, services: Services, *, planes: int = 2, limit_bytes: int | None = None) -> None:
-        self._services, self._planes, self._limit = services, planes, limit_bytes
+    def __init__(self, services: Services, *, bits: int = 1, limit_bytes: int | None = None) -> None:
+        self._services, self._bits, self._limit = services, bits, limit_bytes
         self._held: dict[DeviceStep, _Held] = {}
 
     def mailbox(self, shape: StepShape) -> None:
@@ -127,7 +128,7 @@ class DeviceSearch:
             raise SearchMemoryError(msg)
         slack = needed + needed // _GROWTH_PART + 64
         for wanted in (slack, needed):
-            shape = FinderShape(min(wanted + -wanted % 64, MAX_SLOTS), self._planes, n_pages)
+            shape = FinderShape(min(wanted + -wanted % 64, MAX_SLOTS), self._bits, n_pages)
             n_bytes = shape.nbytes(step.shape)
             if self._limit is None or n_bytes <= self._limit:
                 break
@@ -136,10 +137,13 @@ class DeviceSearch:
             raise SearchMemoryError(msg, needed_bytes=n_bytes, available_bytes=self._limit)
         step.epoch += 1
         try:
-            step.finder = PageFinder(step.shape, shape)
+            step.finder = PageFinder(step.shape, shape, self._services.stores.memory)
         except torch.OutOfMemoryError as error:
             msg = f"page summaries need {n_bytes} bytes on the device, which has no room for them"
             raise SearchMemoryError(msg, needed_bytes=n_bytes) from error
+        except MemoryError as error:
+            msg = f"the second bits of page summaries: {error}"
+            raise SearchMemoryError(msg, needed_bytes=shape.host_bytes(step.shape)) from error
         return shape.n_slots
 
     def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:  # noqa: ARG002

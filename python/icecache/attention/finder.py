@@ -3,8 +3,9 @@
 Dimension key: S searches (groups of layers), B rows, H KV heads, G query heads per KV head, D key dim, U = B * H units
 of a search, N slots of a unit, C candidates, K places of the page table.
 
-Two stages. Every page is estimated from one or two bits per element of its keys; the best C are scored from the keys
-themselves, read where they lie, and the best of those are read by attention.
+Every page is estimated from two bits per element of its keys; the best C are scored from the keys of their best
+tokens, read where they lie, and the best of those are read by attention. With one bit an element on the device, the
+others lie in host memory: then all pages are estimated from the first bits, and the best `COARSE` C of them from both.
 """
 
 from __future__ import annotations
@@ -16,11 +17,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from icecache import _core
 from icecache.attention.device import StepShape
 
-MIN_CANDIDATES = 48
-"""Fewest pages scored from their keys. With two bits 48 of 1000 pages lose as little of the attention mass as 312 do
-that are ranked by their means (13 read; benches/results/summaries-16k.txt)."""
+MIN_CANDIDATES = 64
+"""Fewest pages scored from their keys. With two bits 64 of 1000 pages lose less of the attention mass than 312 do that
+are ranked by their means (13 read; benches/results/summaries-16k.txt)."""
+BEST_TOKENS = 4
+"""Keys read of a page that is scored; the same file."""
+COARSE = 4
+"""Pages estimated from both bits per page scored, where the device has one bit."""
+_UPLOAD = 1 << 17
+"""Slots summarised at a time: what names them is gone again before it counts."""
 
 
 def n_candidates(n_pages: int) -> int:
@@ -36,14 +44,14 @@ class FinderShape:
     ----------
     n_slots : int
         Slots of a unit.
-    planes : int
-        Bits per element of a key, 1 or 2.
+    bits : int
+        Per element of a key on the device, 1 or 2.
     n_pages : int
         Pages to choose.
     """
 
     n_slots: int
-    planes: int
+    bits: int
     n_pages: int
 
     def nbytes(self, step: StepShape) -> int:
@@ -52,7 +60,12 @@ class FinderShape:
 
         units = step.n_rows * step.n_kv_heads
         scratch = units * (step.group * (4 * self.n_slots + 8 * (self.n_slots // 64 + 1)))
-        return step.n_searches * units * self.n_slots * slot_bytes(self.planes, step.key_dim) + scratch
+        return step.n_searches * units * self.n_slots * slot_bytes(self.bits, step.key_dim) + scratch
+
+    def host_bytes(self, step: StepShape) -> int:
+        """Bytes of host memory that the device reads and writes."""
+        n_slots = step.n_searches * step.n_rows * step.n_kv_heads * self.n_slots
+        return 0 if self.bits == 2 else 2 * step.key_dim * n_slots
 
 
 class PageFinder:
@@ -62,14 +75,16 @@ class PageFinder:
     ----------
     step : StepShape
     shape : FinderShape
+    memory : HostMemory or None
+        Where host memory comes from that the device reads; None: from torch, for a device that is the CPU itself.
 
     Raises
     ------
-    torch.OutOfMemoryError
-        If the device has no room.
+    torch.OutOfMemoryError, MemoryError
+        If the device or the host has no room.
     """
 
-    def __init__(self, step: StepShape, shape: FinderShape) -> None:
+    def __init__(self, step: StepShape, shape: FinderShape, memory: _core.HostMemory | None = None) -> None:
         from icecache.kernels.page_codes import empty_codes, rotation_matrix
         from icecache.kernels.page_scan import n_parts
         from icecache.kernels.page_select import select_scratch
@@ -83,7 +98,9 @@ class PageFinder:
         pinned = device.type == "cuda"
         # Not in inference mode: in-place writes from outside of it would be refused.
         with torch.inference_mode(mode=False):
-            self.codes = empty_codes(searches * units * shape.n_slots, shape.planes, dim, device)
+            n_slots = searches * units * shape.n_slots
+            fine = None if shape.bits == 2 else _lend(memory, n_slots, dim)
+            self.codes = empty_codes(n_slots, dim, device, fine)
             self._rotation = rotation_matrix(dim, device)
             self._like = torch.zeros(1, dtype=step.dtype, device=device)
             self._extents, self._whole = ints(searches, units), ints(searches, units)
@@ -91,7 +108,10 @@ class PageFinder:
             self._length = floats(rows, heads, group)
             self._logits = floats(units, group, shape.n_slots)
             self._parts = floats(units, n_parts(shape.n_slots), group, 2)
-            self._scratch = ints(select_scratch(units, shape.n_slots, candidates))
+            coarse = candidates * (1 if shape.bits == 2 else COARSE)
+            self._scratch = ints(select_scratch(units, shape.n_slots, coarse))
+            self._coarse, self._coarse_counts = ints(units, coarse), ints(units)
+            self._refined = floats(units, coarse, group)
             self._chosen, self._counts = ints(units, candidates), ints(units)
             self._lse, self._exact = floats(units, group), floats(units, candidates, group)
             self.host_table = torch.zeros(searches, rows, heads, step.n_pages, dtype=torch.int64, pin_memory=pinned)
@@ -126,10 +146,11 @@ class PageFinder:
         from icecache.kernels.page_codes import page_codes
 
         device = self.step.device
-        if n := len(slots):
+        for first in range(0, len(slots), _UPLOAD):
+            n = len(slots[first : first + _UPLOAD])
             # An even length aligns the second row: with another alignment the kernel would be compiled once more.
             both = np.zeros((2, n + n % 2), np.int64)
-            both[0, :n], both[1, :n] = slots, words
+            both[0, :n], both[1, :n] = slots[first : first + n], words[first : first + n]
             on_device = torch.from_numpy(both).to(device)
             page_codes(self.codes, on_device[0, :n], on_device[1, :n], self._rotation, self._like)
         state = torch.from_numpy(np.stack([extents, whole.astype(np.int32)])).to(device)
@@ -150,31 +171,29 @@ class PageFinder:
         """
         from icecache.kernels.page_exact import page_exact
         from icecache.kernels.page_pick import page_pick
+        from icecache.kernels.page_refine import page_refine
         from icecache.kernels.page_scan import SLOT_BLOCK, page_scan
         from icecache.kernels.page_select import page_select
         from icecache.kernels.rotate_queries import rotate_queries
 
         size = self._extents.shape[1] * self.shape.n_slots
         codes, extents = self.codes.part(search * size, (search + 1) * size), self._extents[search]
-        rotate_queries(query, self._rotation, self._unit, self._length)
-        page_scan(self._unit, self._length, extents, codes, self._logits, self._parts, scaling, softcap=softcap)
-        chosen, counts = self._chosen, self._counts
-        page_select(
-            self._logits,
-            self._parts,
-            codes.words,
-            extents,
-            self._scratch,
-            chosen,
-            counts,
-            self._lse,
-            slot_block=SLOT_BLOCK,
-        )
-        page_exact(query, codes.words, chosen, counts, self._exact, scaling, softcap=softcap)
+        queries = self._unit, self._length
+        rotate_queries(query, self._rotation, *queries)
+        narrows = self.shape.bits == 1
+        logits, parts, lse, chosen, counts = self._logits, self._parts, self._lse, self._chosen, self._counts
+        page_scan(*queries, extents, codes, logits, parts, scaling, softcap=softcap, fine=not narrows)
+        coarse = (self._coarse, self._coarse_counts) if narrows else (chosen, counts)
+        page_select(logits, parts, codes.words, extents, self._scratch, *coarse, lse, slot_block=SLOT_BLOCK)
+        if narrows:
+            found = *coarse, self._refined, chosen, counts
+            page_refine(*queries, codes, logits, lse, *found, scaling, softcap=softcap)
+        scores = self._exact
+        page_exact(query, *queries, lse, codes, chosen, counts, scores, scaling, softcap=softcap, best=BEST_TOKENS)
         page_pick(
-            self._exact,
-            self._logits,
-            self._lse,
+            scores,
+            logits,
+            lse,
             codes.words,
             chosen,
             counts,
@@ -184,3 +203,11 @@ class PageFinder:
             self.host_lse[search],
             n_pages=self.shape.n_pages,
         )
+
+
+def _lend(memory: _core.HostMemory | None, n_slots: int, dim: int) -> torch.Tensor:
+    """Zeros, int16 (S, D), on the host."""
+    if memory is None:
+        return torch.zeros(n_slots, dim, dtype=torch.int16)
+    n_bytes = 2 * n_slots * dim
+    return torch.from_numpy(memory.lend(n_bytes))[:n_bytes].view(torch.int16).view(n_slots, dim)

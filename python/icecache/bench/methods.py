@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 METHODS = {
     "ice": "IceCache: search on the device, a step in one CUDA graph",
-    "ice-1bit": "the same with one bit per element in the summaries instead of two",
+    "ice-2bit": "the same with both bits of the summaries on the device",
     "ice-cpu": "IceCache: search on the host, a step in one CUDA graph",
     "ice-6": "the same with 6 candidates per page read instead of 24",
     "ice-reuse": "the same as ice, and of 3 layers one searches for all",
@@ -39,7 +39,7 @@ METHODS = {
 
 _CONFIGS = {
     "ice": IceConfig(search="gpu"),
-    "ice-1bit": IceConfig(search="gpu", search_bits=1),
+    "ice-2bit": IceConfig(search="gpu", search_bits=2),
     "ice-cpu": IceConfig(search="cpu"),
     "ice-6": IceConfig(search="cpu", candidates_per_page=6),
     "ice-reuse": IceConfig(search="gpu", reuse=3),

@@ -33,10 +33,7 @@ if TYPE_CHECKING:
 
 
 _SLOW = "decode steps are not captured in a CUDA graph and run op by op, which is slower: {}"
-_HOST_SEARCHES = (
-    "pages are searched on the host, which is slower: {}. search_bits=1 needs about half as much memory, search='cpu' "
-    "asks for this without a warning"
-)
+_HOST_SEARCHES = "pages are searched on the host, which is slower: {}. search='cpu' asks for this without a warning"
 
 
 class Search(Protocol):
@@ -313,5 +310,5 @@ def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
 
     if config.search == "cpu":
         return GraphDecoder(model, engine, on_host())
-    search = DeviceSearch(services, planes=config.search_bits, limit_bytes=config.search_memory)
+    search = DeviceSearch(services, bits=config.search_bits, limit_bytes=config.search_memory)
     return GraphDecoder(model, engine, search, fallback=on_host if _core.default_workers() else None)

@@ -23,6 +23,17 @@ const ADDRESS_BITS: u32 = 64 - PAGE_TOKENS as u32;
 #[derive(Debug, Default)]
 pub struct Mirror {
     views: Vec<View>,
+    foreseen: Option<Foreseen>,
+    /// What was looked at before; often the last to hold its pages, which are freed where there is time for it.
+    retired: Vec<View>,
+}
+
+/// A look at trees that are not there yet.
+#[derive(Debug)]
+struct Foreseen {
+    views: Vec<View>,
+    stride: usize,
+    changes: Changes,
 }
 
 /// The difference between two looks.
@@ -45,7 +56,37 @@ impl Mirror {
     /// look, and one at another number of trees, differs from nothing. One task a tree, about 20 ns a page behind the
     /// segments that both looks share.
     pub fn update(&mut self, pool: &ThreadPool, forests: &[&Forest], stride: usize) -> Changes {
-        let views: Vec<View> = forests.iter().flat_map(|forest| forest.views()).collect();
+        let views = views_of(forests);
+        match self.foreseen.take() {
+            Some(seen) if seen.stride == stride && same_trees(&seen.views, &views) => {
+                self.retired = std::mem::replace(&mut self.views, seen.views);
+                seen.changes
+            }
+            _ => self.look(pool, views, stride),
+        }
+    }
+
+    /// Looks ahead at trees that will be there at the next look, if nothing else happens: that one has only to compare
+    /// what it finds. Whoever adds to sequences in the background calls it there.
+    pub fn foresee(&mut self, pool: &ThreadPool, forests: &[&Forest], stride: usize) {
+        (self.foreseen, self.retired) = (None, Vec::new());
+        let views = views_of(forests);
+        let changes = self.differences(pool, &views, stride);
+        if changes.needed <= stride {
+            self.foreseen = Some(Foreseen { views, stride, changes });
+        }
+    }
+
+    fn look(&mut self, pool: &ThreadPool, views: Vec<View>, stride: usize) -> Changes {
+        let changes = self.differences(pool, &views, stride);
+        if changes.needed <= stride {
+            self.views = views;
+        }
+        changes
+    }
+
+    /// Compares with the last look; nothing but `needed` if that is above `stride`.
+    fn differences(&self, pool: &ThreadPool, views: &[View], stride: usize) -> Changes {
         let needed = views.iter().map(View::ordinal_end).max().unwrap_or(0);
         if needed > stride {
             return Changes { needed, ..Changes::default() };
@@ -60,14 +101,24 @@ impl Mirror {
         }
         changes.extents = views.iter().map(|view| view.ordinal_end() as u32).collect();
         changes.tokens = views.iter().map(View::tokens).collect();
-        self.views = views;
         changes
     }
 
     /// Forgets the last look and lets go of its pages.
     pub fn clear(&mut self) {
-        self.views.clear();
+        *self = Self::default();
     }
+}
+
+fn views_of(forests: &[&Forest]) -> Vec<View> {
+    forests.iter().flat_map(|forest| forest.views()).collect()
+}
+
+/// Whether these are the very same trees, and none has tokens beside them.
+fn same_trees(foreseen: &[View], now: &[View]) -> bool {
+    // Both sides keep theirs alive, so an address names one of them.
+    let same = |(a, b): (&View, &View)| std::ptr::eq(a.trees(), b.trees()) && a.tokens() == b.tokens();
+    foreseen.len() == now.len() && foreseen.iter().zip(now).all(same)
 }
 
 /// Slots whose page is another than before, or has other live slots.

@@ -25,7 +25,7 @@ pub use cores::{Topology, default_workers, spare_cores};
 pub use engine::{Engine, EngineOptions};
 pub use error::{Error, Result};
 pub use mailbox::{LayerOptions, Mailbox};
-pub use memory::{HostMemory, MemoryOptions, Pin};
+pub use memory::{Block, HostMemory, MemoryOptions, Pin};
 pub use registrar::{Registrar, SimulatedRegistrar};
 pub use shape::{Array, MailboxShape};
 pub use step::{Fault, LayerTime};

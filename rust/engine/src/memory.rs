@@ -64,20 +64,24 @@ struct State {
     slabs: HashMap<usize, Block>,
 }
 
-/// Memory on loan from a [`HostMemory`].
+/// Memory on loan from a [`HostMemory`]: plain bytes, zeroed when it was lent.
 #[derive(Debug)]
-pub(crate) struct Block {
+pub struct Block {
     region: Region,
     pinned: bool,
     memory: Arc<Shared>,
 }
 
 impl Block {
-    pub(crate) fn start(&self) -> NonNull<u8> {
+    /// First byte, aligned to 2 MiB; valid as long as the block. Who may touch which part is up to its users.
+    #[must_use]
+    pub fn start(&self) -> NonNull<u8> {
         self.region.start()
     }
 
-    pub(crate) fn bytes(&self) -> usize {
+    /// How many bytes there are: what was asked for, rounded up to 4096.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
         self.region.bytes()
     }
 }
@@ -155,7 +159,10 @@ impl HostMemory {
     }
 
     /// Zeroed memory, committed and page-locked according to the options.
-    pub(crate) fn allocate(&self, bytes: usize) -> Result<Block> {
+    ///
+    /// # Errors
+    /// If the limit or the machine leaves no room, or it has to be page-locked and cannot.
+    pub fn allocate(&self, bytes: usize) -> Result<Block> {
         let shared = &self.0;
         self.account(bytes)?;
         let started = Instant::now();

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use icecache_engine::{self as engine, MemoryOptions, Pin, SimulatedRegistrar};
+use numpy::PyArray1;
+use numpy::ndarray::ArrayView1;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -61,6 +63,19 @@ impl HostMemory {
         Ok(Self { inner })
     }
 
+    /// Lend zeroed memory of at least `n_bytes`, uint8, not copied; it is given back with the last array that views it.
+    ///
+    /// `MemoryError` if the limit or the machine leaves no room.
+    fn lend<'py>(&self, py: Python<'py>, n_bytes: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyArray1<u8>>> {
+        let bytes = positive(n_bytes, "n_bytes")?;
+        let block = Bound::new(py, HostBlock { inner: run(py, || self.inner.allocate(bytes))? })?;
+        let (start, bytes) = (block.get().inner.start(), block.get().inner.bytes());
+        // SAFETY: the memory is zeroed, and lives as long as the block, which the array holds.
+        let view = unsafe { ArrayView1::from_shape_ptr(bytes, start.as_ptr()) };
+        // SAFETY: `block` owns the memory, and nobody else knows it.
+        Ok(unsafe { PyArray1::borrow_from_array(&view, block.into_any()) })
+    }
+
     /// Bytes held now.
     fn reserved_bytes(&self) -> usize {
         self.inner.reserved_bytes()
@@ -85,6 +100,12 @@ impl HostMemory {
     fn fallback_reason(&self) -> Option<String> {
         self.inner.fallback_reason()
     }
+}
+
+/// Plain memory on loan from a `HostMemory`. Made by `HostMemory.lend`.
+#[pyclass(frozen, module = "icecache._core")]
+pub(crate) struct HostBlock {
+    inner: engine::Block,
 }
 
 /// Search workers that suit this machine; 0: fewer cores than a step with polling workers needs.

@@ -73,6 +73,25 @@ impl Mirror {
         ))
     }
 
+    /// Look ahead, in the background, at `forests` as the trees will be when `update` is called next.
+    ///
+    /// If they are, `update` has nothing left to compare; a forest may be a continuation that is adopted by then.
+    fn foresee(
+        &self,
+        py: Python<'_>,
+        pool: &Bound<'_, Pool>,
+        forests: Vec<Bound<'_, Forest>>,
+        stride: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let stride = count(stride, "stride")?;
+        let pool = &pool.get().inner;
+        let forests: Vec<&Trees> = forests.iter().map(|forest| &*forest.get().inner).collect();
+        run::<_, core::Error>(py, || {
+            self.lock().foresee(pool, &forests, stride);
+            Ok(())
+        })
+    }
+
     /// Forget the last look, so that its pages can be freed.
     fn clear(&self, py: Python<'_>) -> PyResult<()> {
         run::<_, core::Error>(py, || {

@@ -37,10 +37,10 @@ class Slots:
         """(U, N), on the CPU."""
         return self.codes.words.cpu().view(self.live.shape[:2])
 
-    def decoded(self) -> torch.Tensor:
+    def decoded(self, *, fine: bool = True) -> torch.Tensor:
         """(U, N, 16, D) float32 on the CPU: rotated keys as summarised."""
         everything = torch.arange(self.codes.words.numel(), device=self.codes.words.device)
-        return decoded(self.codes, everything).cpu().view(self.keys.shape)
+        return decoded(self.codes, everything, fine=fine).cpu().view(self.keys.shape)
 
     @property
     def distance(self) -> torch.Tensor:
@@ -49,9 +49,12 @@ class Slots:
 
 
 def make_slots(
-    units: int, n: int, dim: int, planes: int, dtype: torch.dtype = torch.float32, *, seed: int = 0, empty: float = 0.2
+    units: int, n: int, dim: int, dtype: torch.dtype = torch.float32, *, seed: int = 0, empty: float = 0.2
 ) -> Slots:
-    """Pages around random means, with a channel that sticks out; a fifth of the slots is empty, a fifth not full."""
+    """Pages around random means, with a channel that sticks out; a fifth of the slots is empty, a fifth not full.
+
+    On a GPU the fine bits lie in host memory.
+    """
     generator = torch.Generator().manual_seed(seed)
     mean = torch.randn(units, n, 1, dim, generator=generator)
     keys = mean + 0.7 * torch.randn(units, n, 16, dim, generator=generator)
@@ -71,7 +74,8 @@ def make_slots(
     address = memory.data_ptr() + order * memory[0].numel() * memory.element_size()
     bits = (live.flatten(0, 1).long() << torch.arange(48, 64)).sum(1)
     words = torch.where(there.flatten(), address | bits, 0)
-    codes = empty_codes(units * n, planes, dim, torch.device(DEVICE))
+    fine = torch.zeros(units * n, dim, dtype=torch.int16, pin_memory=True) if DEVICE == "cuda" else None
+    codes = empty_codes(units * n, dim, torch.device(DEVICE), fine)
     rotation = rotation_matrix(dim, torch.device(DEVICE))
     slots = torch.randperm(units * n, generator=generator)
     page_codes(codes, slots.to(DEVICE), words[slots].to(DEVICE), rotation, torch.zeros(1, dtype=dtype, device=DEVICE))

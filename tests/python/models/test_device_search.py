@@ -64,13 +64,13 @@ def close(a, b):
     return (a - b).abs().max() <= 1e-4 * a.abs().max()
 
 
-@pytest.mark.parametrize("planes", [2, pytest.param(1, marks=pytest.mark.gpu)])
-def test_steps_give_the_logits_of_eager_steps_under_a_small_budget(planes):
+@pytest.mark.parametrize("bits", [1, pytest.param(2, marks=pytest.mark.gpu)])
+def test_steps_give_the_logits_of_eager_steps_under_a_small_budget(bits):
     model = build("llama").to(DEVICE)
     ragged = left_padded([150, 70])
     with IceRuntime.wrap(model, **SMALL) as runtime:
         eager = generate(model, ragged)
-        search = with_device_search(runtime, planes=planes)
+        search = with_device_search(runtime, bits=bits)
         ours = generate(model, ragged)
         stats = runtime.stats()
     assert search.steps == N_NEW - 1
