@@ -52,19 +52,9 @@ def topology() -> tuple[int, int, int]:
 class HostMemory:
     """Memory for the pages and mailboxes of one runtime, given back when its last user goes.
 
-    Parameters
-    ----------
-    pool : Pool
-        Its threads touch large pieces first, so that they land on the NUMA nodes the threads run on.
-    pin : {"never", "auto", "always", "simulated"}
-        Whether it is page-locked for CUDA device `device`: never; if that works, `fallback_reason()` says why not; or
-        else an error. "simulated" keeps the books without a device, for tests.
-    limit_bytes : int, optional
-        Most bytes held at a time; more raises `MemoryError`.
-    device : int, optional
-        Ordinal of the CUDA device, default 0.
-    simulated_limit : int, optional
-        Most bytes that the simulated device accepts.
+    `pin`: "never" page-locked for CUDA device `device`; "auto", if that works, `fallback_reason()` says why not;
+    "always", or an error; "simulated", for tests, as if there were a device that accepts `simulated_limit` bytes.
+    Threads of `pool` touch large pieces first. More than `limit_bytes` at a time raise `MemoryError`.
     """
 
     def __init__(
