@@ -19,7 +19,7 @@ from icecache.attention import DeviceStep
 from icecache.errors import UnsupportedModelError
 from icecache.hf.names import CACHE_NAMES, cache_argument
 from icecache.hf.request import STATIC, NotCapturableError, Request
-from icecache.hf.segments import Recorder, Segments, Watch
+from icecache.hf.segments import Recorder, Segments, Watch, failed_modules
 from icecache.hf.static import StandIn
 from icecache.hf.step import Step
 
@@ -81,7 +81,7 @@ def capture(
         _answer_beforehand(step)
         write_state(step, REHEARSAL_TICKET, request)
         if recorder is not None:
-            return _recorded(forward, now, step, request, inputs, recorder())
+            return _recorded(forward, now, step, request, inputs, recorder)
         kind, fields = _parts(_call(forward, now, step, request, inputs))
     except (UnsupportedModelError, RuntimeError) as error:
         msg = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -107,18 +107,27 @@ def _recorded(
     step: DeviceStep,
     request: Request,
     inputs: dict[str, torch.Tensor],
-    recorder: Recorder,
+    recorder: Callable[[], Recorder],
 ) -> Captured:
     def call() -> object:
         return _call(forward, now, step, request, inputs)
 
     # Twice: workspaces of some libraries are allocated at the second call only.
-    with _aside(step.shape.device):
-        with Watch() as watch:
-            call()
-        segments = Segments(watch.waiting)
-        segments.rehearse(now, call)
-    output, replay = segments.record(recorder, call)
+    device, watch = step.shape.device, Watch()
+    with _aside(device), watch:
+        call()
+    segments = Segments(watch.waiting)
+    while True:
+        with _aside(device):
+            segments.rehearse(now, call)
+        try:
+            output, replay = segments.record(recorder(), call)
+            break
+        except RuntimeError as error:
+            failed = failed_modules(error)
+            if not failed or not segments.waiting.keys().isdisjoint(failed):
+                raise
+            segments.waiting.update(dict.fromkeys(failed, str(error).splitlines()[0]))
     kind, fields = _parts(output)
     return Captured(inputs, kind, fields, lambda _now, _request: replay())
 

@@ -1,8 +1,9 @@
 """Decode steps of which some modules cannot be captured: a graph before each of them, and one behind.
 
 A module that waits for the device (RoPE whose frequencies depend on the longest position, say) cannot be part of a CUDA
-graph. It is found during a rehearsal, by the operations it dispatches, and runs op by op between two pieces: on each
-replay with what the piece before it has computed, its results copied to where the piece behind it reads them.
+graph. It is found during a rehearsal, by the operations it dispatches, or where an operation hides it, by the error of
+the recording. It runs op by op between two pieces: on each replay with what the piece before it has computed, its
+results copied to where the piece behind it reads them.
 """
 
 from __future__ import annotations
@@ -114,6 +115,23 @@ def _innermost_module(frame: FrameType | None) -> torch.nn.Module | None:
             return owner
         frame = frame.f_back
     return None
+
+
+def failed_modules(error: BaseException) -> list[torch.nn.Module]:
+    """Find where a recording broke off: the innermost module on the way to `error`, and all others of its class.
+
+    Those of other layers would fail next.
+    """
+    path: list[torch.nn.Module] = []
+    cause: BaseException | None = error
+    while cause is not None:  # the end of a broken recording fails, too, and hides the error that broke it
+        trace, found = cause.__traceback__, []
+        while trace is not None:
+            owner = trace.tb_frame.f_locals.get("self")
+            found += [owner] if isinstance(owner, torch.nn.Module) else []
+            trace = trace.tb_next
+        path, cause = (found if len(found) >= len(path) else path), cause.__context__
+    return [x for x in path[0].modules() if type(x) is type(path[-1])] if path else []
 
 
 @dataclass(eq=False)
