@@ -16,13 +16,15 @@ from transformers.cache_utils import CacheLayerMixin
 
 from icecache.attention import DeviceStep, decode_attention, stream_attention
 from icecache.errors import BadTensorError, CacheStateError, UnsupportedModelError
-from icecache.hf.group import page_in
+from icecache.hf.group import page_in, reserve
 from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
 from icecache.hf.static import with_sinks
 from icecache.hf.step import Engine, Sequence, current_step
-from icecache.pages import LayerPages, WholeKV
+from icecache.pages import LayerPages, WholeKV, send_chunk
 
 Pair = tuple[torch.Tensor, torch.Tensor]
+LONG_CHUNK_TOKENS = 512
+"""Chunks from here on leave the device layer by layer; shorter ones wait in the window for the end of the step."""
 
 
 class DenseAttention(Protocol):
@@ -94,7 +96,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self._last: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]] | None = None
         self._deferred: tuple[Pair, torch.Tensor | None] | None = None
         self._before_chunk: LayerPages | WholeKV | None = None
-        self._shared_call = False
+        self._shared_call = self._sent = False
 
     @property
     def keys(self) -> torch.Tensor:
@@ -329,9 +331,32 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             return self._decode(self._pages, call, call.query)
         if self.engine.sparse_chunks:
             return self._attend_token_by_token(self._pages, call, mask)
+        if self._sent:
+            msg = f"layer {self.layer_idx}: another layer shares its keys all of a sudden"
+            raise UnsupportedModelError(msg)
+        if not call.shared and self._may_send(call):
+            out = self._attend_chunk(self._pages, call, mask)
+            self._send(call, mask.valid)
+            return out
         if not call.shared:
             self._deferred = (call.keys, call.values), mask.valid  # committed at the end: a sharing layer comes later
         return self._attend_chunk(self._pages, call, mask)
+
+    def _may_send(self, call: Call) -> bool:
+        """Whether the tokens of a later chunk can leave the device before the next layers are computed."""
+        pages, alone = self.pages, len(self.members) == 1 and not self.may_be_shared
+        if pages is None or not pages.forests or not alone or call.keys.shape[2] < LONG_CHUNK_TOKENS:
+            return False
+        return self.engine.services.offload_from(call.keys.device) is not None
+
+    def _send(self, call: Call, valid: torch.Tensor | None) -> None:
+        services = self.engine.services
+        offload = services.offload_from(call.keys.device)
+        assert self.pages is not None
+        assert offload is not None
+        reserve(self, call.keys, call.values)
+        send_chunk(self.pages, call.keys, call.values, valid, offload, services.recorder)
+        self._sent = True
 
     def _attend_chunk(self, kept: LayerPages | WholeKV, call: Call, mask: ChunkMask) -> torch.Tensor:
         """Attend exactly with a later chunk, which `kept` does not hold yet."""
@@ -425,12 +450,13 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             (keys, values), valid = self._deferred
             self._deferred = None
             self._pages.append(keys, values, valid)
-        self._before_chunk = None
+        self._before_chunk, self._sent = None, False
         self.may_be_shared = self._shared_call
 
     def roll_back(self, length: int) -> None:
         """Undo an unfinished step: be `length` positions long again."""
         self._staged = self._before_chunk = self._last = self._deferred = None
+        self._sent = False
         if self._pages is not None:
             self._pages.settle(check=False)
         if length == 0:

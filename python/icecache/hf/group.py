@@ -47,9 +47,8 @@ def page_in(layer: RetrievalLayer, valid: torch.Tensor | None) -> None:
         return
     _check_alike(group, pairs)
     services = layer.engine.services
-    if layer.members[0] == min(layer.sequence.layers):
-        _reserve(layer, pairs)
-    offload = services.offload if pairs[0][0].is_cuda else None
+    reserve(layer, *pairs[0])
+    offload = services.offload_from(pairs[0][0].device)
     built = build(
         layer.engine.layout,
         layer.members,
@@ -64,15 +63,21 @@ def page_in(layer: RetrievalLayer, valid: torch.Tensor | None) -> None:
         x.take_pages(pages)
 
 
-def _reserve(layer: RetrievalLayer, pairs: list[Pair]) -> None:
-    """Begin to reserve memory for a prompt in all layers, of which this is the first, and for the inserts behind it."""
-    (keys, values), layout, stores = pairs[0], layer.engine.layout, layer.engine.services.stores
-    if not layout.keeps_middle:
+def reserve(layer: RetrievalLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Begin to reserve memory for a prompt in all layers, if this is the first one, and for the inserts behind it.
+
+    Parameters
+    ----------
+    keys, values : torch.Tensor
+        (B, H, n, D) and (B, H, n, Dv): what is about to be stored for this layer.
+    """
+    layout, stores, known = layer.engine.layout, layer.engine.services.stores, layer.sequence.layers
+    if not layout.keeps_middle or layer.members[0] != min(known):
         return
     n_rows, n_heads, n_positions, key_dim = keys.shape
-    store = stores.get(key_dim, row_dim(key_dim, values.shape[-1], len(pairs)), keys.dtype, keys.device)
+    store = stores.get(key_dim, row_dim(key_dim, values.shape[-1], len(layer.members)), keys.dtype, keys.device)
     middle = max(n_positions - layout.sink_tokens - layout.window_tokens, 0)
-    n_trees = n_rows * n_heads * -(-len(layer.sequence.layers) // len(pairs))
+    n_trees = n_rows * n_heads * -(-len(known) // len(layer.members))
     stores.start_reserving(store, n_trees * (middle // PAGE_TOKENS + _AHEAD_PAGES) * store.page_bytes)
 
 

@@ -3,6 +3,7 @@
 from icecache.pages.ahead import Inserter as Inserter
 from icecache.pages.ahead import hand_over as hand_over
 from icecache.pages.build import build as build
+from icecache.pages.chunk import send_chunk as send_chunk
 from icecache.pages.host import host_memory as host_memory
 from icecache.pages.host import warn_if_pageable as warn_if_pageable
 from icecache.pages.layer import LayerPages as LayerPages

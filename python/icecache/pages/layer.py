@@ -17,6 +17,7 @@ import torch
 from icecache import _core
 from icecache.config import PAGE_TOKENS
 from icecache.pages.ahead import Handed, adopt_due, followers, oldest, whole_groups
+from icecache.pages.chunk import Before
 from icecache.pages.move import Move, insert
 from icecache.pages.near import NearBuffer, NearRow
 from icecache.pages.offload import wait
@@ -54,6 +55,7 @@ class LayerPages:
         self.handed: list[Handed | None] = [None] * near.n_rows
         """Per row the oldest window tokens that are being inserted unseen."""
         self._job: Future[None] | None = None
+        self._before: Before | None = None
 
     @property
     def store(self) -> _core.PageStore:
@@ -70,20 +72,23 @@ class LayerPages:
         """How often the forests were written to."""
         return self.shelf.changes
 
-    def await_job(self, job: Future[None]) -> None:
-        """Note that the prompt is on its way to the host until `job` is done."""
-        self._job = job
+    def await_job(self, job: Future[None], before: Before | None = None) -> None:
+        """Note that tokens are on their way to the host until `job` is done; `before`: what to be if it fails."""
+        self._job, self._before = job, before
 
     def settle(self, *, check: bool = True) -> None:
-        """End a step: wait for a prompt that is still on its way to the host.
+        """End a step: wait for tokens that are still on their way to the host.
 
         Raises
         ------
         BadTensorError, PoolExhaustedError
-            If it could not be stored, and `check` is set; the pages are useless then.
+            If they could not be stored, and `check` is set; pages of a first prompt are useless then, those of a later
+            chunk are as they were before it.
         """
         self.shelf.choices.clear()
-        job, self._job = self._job, None
+        job, before, self._job, self._before = self._job, self._before, None, None
+        if job is not None and before is not None and job.exception() is not None:
+            before.restore(self)
         wait(job, check=check)
 
     @property

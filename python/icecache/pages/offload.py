@@ -7,7 +7,7 @@ whoever brings another one waits too, so that the keys and values of a few layer
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,6 +16,7 @@ import torch
 from icecache import _core
 from icecache.pages.move import Move, check_followers, insert
 from icecache.pages.shelf import Pair, joined, row_dim
+from icecache.pages.store import to_host
 from icecache.stats import Recorder
 
 DEPTH = 3
@@ -58,8 +59,10 @@ class Offload:
         self._slots.acquire()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="icecache-offload")
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
+        ready = None
+        if departures[0].pairs[0][0].is_cuda:
+            ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            ready.record()
         return self._thread.submit(self._run, recorder, list(departures), ready)
 
     def close(self) -> None:
@@ -68,7 +71,7 @@ class Offload:
             self._thread.shutdown(wait=True)
             self._thread = None
 
-    def _run(self, recorder: Recorder, departures: list[Departure], ready: torch.cuda.Event) -> None:
+    def _run(self, recorder: Recorder, departures: list[Departure], ready: torch.cuda.Event | None) -> None:
         try:
             with recorder.part("prefill_offload"):
                 moves = self._copied(departures, ready)
@@ -77,7 +80,9 @@ class Offload:
         finally:
             self._slots.release()
 
-    def _copied(self, departures: Sequence[Departure], ready: torch.cuda.Event) -> list[Move]:
+    def _copied(self, departures: Sequence[Departure], ready: torch.cuda.Event | None) -> list[Move]:
+        if ready is None:  # on the host already
+            return [_move(d, to_host) for d in departures]
         device = departures[0].pairs[0][0].device
         with torch.inference_mode(), torch.cuda.device(device):
             stream = self._streams.get(device)
@@ -85,23 +90,23 @@ class Offload:
                 stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(stream):
                 stream.wait_event(ready)
-                moves = [_move(d) for d in departures]
+                moves = [_move(d, _staged) for d in departures]
             stream.synchronize()  # sync: this thread only
         return moves
 
 
-def _move(departure: Departure) -> Move:
+def _move(departure: Departure, copy: Callable[[torch.Tensor], torch.Tensor]) -> Move:
     check_followers(departure.layers, departure.row, departure.pairs)
     keys, values = departure.pairs[0]
-    rows = _staged(values) if len(departure.pairs) == 1 else _staged_rows(departure.pairs)
-    return Move(departure.layers[0], departure.row, departure.forest, _staged(keys), rows)
+    rows = copy(values) if len(departure.pairs) == 1 else _staged_rows(departure.pairs)
+    return Move(departure.layers[0], departure.row, departure.forest, copy(keys), rows)
 
 
 def _staged_rows(pairs: Sequence[Pair]) -> torch.Tensor:
     """Copy of the joined rows ``[H, n, row_dim]``, made head by head: the device has room for one of them."""
     keys, values = pairs[0]
     width = row_dim(keys.shape[-1], values.shape[-1], len(pairs))
-    host = torch.empty(*keys.shape[:2], width, dtype=keys.dtype, pin_memory=True)
+    host = torch.empty(*keys.shape[:2], width, dtype=keys.dtype, pin_memory=keys.is_cuda)
     for h in range(len(host)):
         host[h].copy_(joined([(k[h].detach(), v[h].detach()) for k, v in pairs])[1], non_blocking=True)
     return host

@@ -103,6 +103,10 @@ class Services:
     charges: Charges = field(default_factory=Charges)
     """What the masks of a policy cost."""
 
+    def offload_from(self, device: torch.device) -> Offload | None:
+        """Who takes prompts from `device` in the background; None: nobody, the device needs every core itself."""
+        return self.offload if device.type == "cuda" else None
+
     def drain(self, layers: Sequence[LayerPages]) -> None:
         """Move what is due from the windows of `layers` to their forests; see :func:`icecache.pages.drain`."""
         drain(self.pool, self.recorder, layers)
