@@ -18,6 +18,8 @@ from icecache.eval.results import Cell, Results, budget_of
 
 Group = tuple[Setup, int]
 DEPTH_BINS: Final = 10
+FEWEST: Final = 8
+"""Samples of a bin by generated tokens: fewer say nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,67 @@ def by_policy(arms: Iterable[str]) -> dict[str, list[str]]:
     for arm in sorted((arm for arm in arms if budget_of(arm) is not None), key=lambda arm: budget_of(arm) or 0):
         found.setdefault(arm.partition("@")[0], []).append(arm)
     return found
+
+
+@dataclass(frozen=True, slots=True)
+class ByGenerated:
+    """Mean scores by how many tokens full attention's answer has: the same samples for every arm.
+
+    Parameters
+    ----------
+    edges : tuple of (int, int)
+        Fewest and most generated tokens of each of E bins.
+    counts : tuple of int
+        Samples in each.
+    tasks : tuple of str
+        Where they come from.
+    scores : dict of str to tuple of Interval
+        E of them for each arm.
+    """
+
+    edges: tuple[tuple[int, int], ...]
+    counts: tuple[int, ...]
+    tasks: tuple[str, ...]
+    scores: dict[str, tuple[stats.Interval, ...]]
+
+
+def by_generated(results: Results, groups: Sequence[Group], arms: Sequence[str]) -> ByGenerated | None:
+    """Sort samples by the length of full attention's answer, in powers of two; None: one bin holds them all.
+
+    Parameters
+    ----------
+    results : Results
+        The run.
+    groups : sequence of (setup, length)
+        Whose samples to take.
+    arms : sequence of str
+        To draw; those that lack samples of the tasks that most of them ran on are left out.
+    """
+    chosen = shared(results, groups, arms)
+    if chosen is None:
+        return None
+    bins: dict[int, list[tuple[Cell, str]]] = {}
+    lengths: dict[int, list[int]] = {}
+    for cell in (Cell(*group, task) for group in groups for task in chosen.tasks):
+        both = [results.records(cell, arm).keys() for arm in chosen.arms]
+        for name, record in results.records(cell, "full").items():
+            if all(name in keys for keys in both):
+                place = max(record.n_generated, 1).bit_length()
+                bins.setdefault(place, []).append((cell, name))
+                lengths.setdefault(place, []).append(record.n_generated)
+    places = sorted(place for place, found in bins.items() if len(found) >= FEWEST)
+    if len(places) < 2:
+        return None
+    scores = {
+        arm: tuple(stats.mean_interval([[results.records(c, arm)[i].score for c, i in bins[p]]]) for p in places)
+        for arm in chosen.arms
+    }
+    return ByGenerated(
+        tuple((min(lengths[p]), max(lengths[p])) for p in places),
+        tuple(len(bins[p]) for p in places),
+        chosen.tasks,
+        scores,
+    )
 
 
 def deep_tasks(results: Results, setup: Setup) -> list[str]:

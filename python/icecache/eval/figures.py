@@ -45,6 +45,8 @@ HEAT_POLICIES: Final = ("icecache", "streaming")
 # Policies that our runtime really runs with pages; the time of the others is that of a mask over dense logits.
 COSTED: Final = ("full", "icecache", "icecache-paper", "icecache-reuse", "streaming")
 MOST_PANELS: Final = 24
+WIDTH: Final = 5.6
+"""Of most figures, in inches: on a phone of 390 pixels text of 10 points is 9 pixels high and nothing scrolls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ def draw(results: Results, budget: int | None = None) -> Iterator[Drawing]:
             yield from _budget_curve(results, (setup, length))
         for setup in dict.fromkeys(setup for setup, _ in results.groups):
             yield from _length_curve(results, setup, budget)
+            yield from _generated_curve(results, setup, budget)
             for task in curves.deep_tasks(results, setup):
                 yield from _heat_maps(results, setup, task, budget)
         for setup, length in results.groups:
@@ -146,7 +149,7 @@ def _budget_curve(results: Results, group: curves.Group) -> Iterator[Drawing]:
         panels += [(task, (task,)) for task in chosen.tasks]
     columns = min(3, len(panels))
     rows = math.ceil((len(panels) - 1) / 3) if len(panels) > 1 else 0
-    figure = Figure(figsize=(7.2, 4.6 + 2.1 * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2 + 1.8 * rows), layout="constrained")
     grid = figure.add_gridspec(1 + rows, columns, height_ratios=[2.0, *[1.0] * rows])
     for place, (title, tasks) in enumerate(panels):
         spot = grid[0, :] if place == 0 else grid[1 + (place - 1) // 3, (place - 1) % 3]
@@ -162,7 +165,7 @@ def _budget_curve(results: Results, group: curves.Group) -> Iterator[Drawing]:
     top = figure.axes[0]
     top.set_xlabel("tokens loaded per KV head and step")
     top.set_ylabel("score, points")
-    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     yield Drawing(
         f"Score against loaded tokens: {_name(*group)}",
         f"Macro average over {', '.join(chosen.tasks)}, and each of them. Loaded: the union over the query heads of a "
@@ -193,7 +196,7 @@ def _length_curve(results: Results, setup: Setup, budget: int | None) -> Iterato
     if chosen is None:
         return
     policies = list(curves.by_policy(results.arms))
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
     axis = figure.add_subplot()
     lengths = [length for _, length in groups]
     for arm in chosen.arms:
@@ -210,11 +213,42 @@ def _length_curve(results: Results, setup: Setup, budget: int | None) -> Iterato
     axis.grid(visible=True)
     axis.set_xlabel("tokens of context")
     axis.set_ylabel("score, points")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     yield Drawing(
         f"Score against length: setup {setup}, budget {budget}",
         f"Macro average over {', '.join(chosen.tasks)}; bands: 95 % intervals." + _left_out(chosen.left_out),
         to_svg(figure, f"length-{setup}"),
+    )
+
+
+def _generated_curve(results: Results, setup: Setup, budget: int | None) -> Iterator[Drawing]:
+    """Score against the tokens of the answer at one budget."""
+    groups = [group for group in results.groups if group[0] == setup]
+    found = curves.by_generated(results, groups, [arm for arm in results.arms if budget_of(arm) == budget])
+    if found is None:
+        return
+    policies = list(curves.by_policy(results.arms))
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axis = figure.add_subplot()
+    places = range(len(found.edges))
+    for arm, means in found.scores.items():
+        if arm == "full":
+            scores = [100 * mean.estimate for mean in means]
+            axis.plot(places, scores, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="full")
+            continue
+        _plot(axis, places, means, arm, looks_of(arm.partition("@")[0], policies), band=True)
+    names = [f"{low}" if low == high else f"{low} to {high}" for low, high in found.edges]
+    axis.set_xticks(places, [f"{name}\n(n = {n})" for name, n in zip(names, found.counts, strict=True)])
+    axis.set_ylim(-3, 103)
+    axis.grid(visible=True)
+    axis.set_xlabel("generated tokens")
+    axis.set_ylabel("score, points")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    yield Drawing(
+        f"Score against generated tokens: setup {setup}, budget {budget}",
+        f"All samples of {', '.join(found.tasks)}, by how long full attention's answer is; bands: 95 % intervals. Long "
+        "answers belong to other tasks than short ones: compare the arms at one length, not the lengths.",
+        to_svg(figure, f"generated-{setup}"),
     )
 
 
@@ -223,7 +257,7 @@ def _heat_maps(results: Results, setup: Setup, task: str, budget: int | None) ->
     arms = ["full", *(f"{policy}@{budget}" for policy in HEAT_POLICIES)]
     maps = {arm: found for arm in arms if (found := curves.heat(results, setup, task, arm)) is not None}
     n_lengths = len(next(iter(maps.values())).lengths)
-    figure = Figure(figsize=(1.2 + len(maps) * max(1.9, 0.55 * n_lengths), 3.6), layout="constrained")
+    figure = Figure(figsize=(1.0 + len(maps) * max(1.5, 0.45 * n_lengths), 3.6), layout="constrained")
     axes = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
     for axis, (arm, found) in zip(axes, maps.items(), strict=True):
         axis.pcolormesh(found.scores, cmap="viridis", vmin=0, vmax=1, edgecolor="none")
@@ -261,7 +295,7 @@ def _costs(results: Results, group: curves.Group, budget: int | None) -> Iterato
     arms = [arm for i, arm in enumerate(arms) if all(row[i] is not None for row in values.values())]
     if len(arms) < 2:
         return
-    figure = Figure(figsize=(7.2, 1.2 + 0.34 * len(arms)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.34 * len(arms)), layout="constrained")
     axes = figure.subplots(1, len(columns), sharey=True)
     for axis, name in zip(axes, columns, strict=True):
         shown = [float(v) for v in values[name] if v is not None]

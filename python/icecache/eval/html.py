@@ -26,7 +26,7 @@ thead th { background: var(--soft); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 thead th:first-child { background: var(--soft); }
 figure { margin: 1.5rem 0; } figcaption { font-size: .875rem; opacity: .85; }
-svg { display: block; width: 100%; min-width: 30rem; max-width: 52rem; height: auto; margin: .5rem auto; }
+svg { display: block; width: 100%; min-width: 20rem; max-width: 42rem; height: auto; margin: .5rem auto; }
 summary { cursor: pointer; font-size: 1.3rem; font-weight: bold; margin-top: 2.2rem; }
 """
 # Nothing may be loaded, whatever a prediction or a path in the text looks like.

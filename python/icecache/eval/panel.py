@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from icecache.errors import DataError
-from icecache.eval.figures import FAINT, OURS, STYLE, Drawing, looks_of, to_svg
+from icecache.eval.figures import FAINT, OURS, STYLE, WIDTH, Drawing, looks_of, to_svg
 from icecache.eval.heads import HeadRow, known_mean
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def draw_attention(rows: Sequence[HeadRow]) -> Iterator[Drawing]:
 
 def _panel(rows: Sequence[HeadRow], budget: int) -> Drawing:
     policies = [arm.partition("@")[0] for arm in dict.fromkeys(row.arm for row in rows)]
-    figure = Figure(figsize=(7.2, 6.0), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
     grid = figure.add_gridspec(2, 2)
     for place, name in enumerate(("mass", "error")):
         axis = figure.add_subplot(grid[0, place])
@@ -64,7 +64,7 @@ def _panel(rows: Sequence[HeadRow], budget: int) -> Drawing:
         axis.grid(visible=True)
     _regrets(figure.add_subplot(grid[1, :]), rows, policies, budget)
     handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(*handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     return Drawing(
         f"Attention at {budget} tokens",
         "Lines: mean over KV heads; dots: KV heads. Below: mass that the best choice of as many tokens would hold "

@@ -11,6 +11,7 @@ from typing import Final
 
 from icecache.errors import ConfigError
 from icecache.eval import stats
+from icecache.eval.equal import at_equal_load
 from icecache.eval.markdown import ABSENT, number, points, share, signed, table
 from icecache.eval.record import Setup
 from icecache.eval.results import DISCRIMINATES, ORACLES, Cell, Results, budget_of
@@ -112,6 +113,8 @@ def sections(results: Results, budget: int | None = None) -> Iterator[str]:
             yield excluded
         if rivals := against_rivals(results, setup, length):
             yield rivals
+        if equal := at_equal_load(results, setup, length, OURS):
+            yield equal
         yield accounting(results, setup, length, arms)
         if graded := further_grades(results, setup, length, arms):
             yield graded

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -27,6 +33,21 @@ N = 20
 RIGHT = {"full": 20, "random@64": 0, "streaming@64": 1, "icecache@64": 19, "icecache@256": 20, "quest@64": 7}
 LOADED = {"full": 1000.0, "icecache@64": 70.0, "icecache@256": 260.0, "quest@64": 150.0}
 VOID = {"meta", "br"}
+BROWSER = os.environ.get("ICECACHE_CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+# What lies outside of where it belongs, in pixels, and the smallest text of a figure.
+LOOK = """<script>
+const right = e => e.getBoundingClientRect().right, all = q => [...document.querySelectorAll(q)];
+parent.postMessage(JSON.stringify({
+  width: innerWidth, page: document.documentElement.scrollWidth,
+  blocks: Math.max(...all("main > *").map(right)),
+  figures: Math.max(...all("svg").map(e => right(e) - right(e.parentElement))),
+  text: Math.min(...all("svg text").map(e => e.getBoundingClientRect()).filter(r => r.width > r.height)
+    .map(r => r.height)),
+}), "*");
+</script>"""
+# A window cannot be as narrow as a phone; a frame in it can.
+FRAME = """<!DOCTYPE html><script>onmessage = e => { document.title = e.data; };</script>
+<iframe src="page.html" style="border: 0; width: WIDTHpx; height: 900px"></iframe>"""
 
 
 def _records(task, arm, right, *, length=1024, depth=True):
@@ -250,3 +271,43 @@ def test_a_report_is_written_in_the_formats_asked_for(tmp_path):
     assert written == [tmp_path / "x.md", tmp_path / "x.html"]
     with pytest.raises(ConfigError, match="one or more of md, html, got pdf"):
         write_report(tmp_path / "r", formats=("pdf",))
+
+
+def test_samples_are_sorted_by_the_length_of_full_attentions_answer():
+    def lengthened(arm, n_right):
+        for i, record in enumerate(_records("kv", arm, n_right)):
+            # Rivals may ramble: what counts is full attention's answer.
+            yield replace(record, n_generated=(5 if i < 10 else 40 + i) if arm == "full" else 999)
+
+    results = Results([r for arm, right in RIGHT.items() for r in lengthened(arm, right)], MANIFEST)
+    found = curves.by_generated(results, [("B", 1024)], ["icecache@64", "quest@64"])
+    assert found.edges == ((5, 5), (50, 59))
+    means = [mean.estimate for mean in found.scores["quest@64"]]
+    assert means == [0.7, 0.0]
+    assert any(d.title.startswith("Score against generated tokens") for d in draw(results))
+    assert curves.by_generated(_run(), [("B", 1024)], ["icecache@64"]) is None
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium (ICECACHE_CHROMIUM names one)")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_anything_cut_off(page, width, tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", LOOK + "</body>"), encoding="utf-8")
+    outer = tmp_path / "outer.html"
+    outer.write_text(FRAME.replace("WIDTH", str(width)), encoding="utf-8")
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--virtual-time-budget=5000",
+    ]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom", outer.as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    look = json.loads(unescape(re.search(r"<title>(.*?)</title>", shown)[1]))
+    assert look["width"] == width
+    assert look["page"] <= width, "the page scrolls sideways"
+    assert look["blocks"] <= width
+    assert look["figures"] <= 0, "a figure is wider than its frame"
+    assert look["text"] >= 8, "text of a figure is too small to read"

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from icecache.errors import ConfigError, DataError
 from icecache.eval.compare import compare
+from icecache.eval.equal import Stand, stand_in
 from icecache.eval.folder import RunFolder
 from icecache.eval.record import ArmStats, Manifest, Record, RunPart
 from icecache.eval.report import sections, write_report
@@ -96,6 +97,38 @@ def test_rivals_are_compared_at_nominal_and_at_equal_load(results):
     assert (rival, loaded, tasks, equal) == ("quest@256", "500", "1", "icecache@64")
     assert nominal.startswith("+22.5 [+")
     assert _row(text, "quest@64", "150")[3].startswith("+47.5 [+")
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        (101.0, Stand("a@1", "a@1", 0.0, 100.0, "equal")),
+        (200.0, Stand("a@1", "a@2", 0.5, 200.0, "between")),
+        (50.0, Stand("a@1", "a@1", 0.0, 100.0, "more")),
+        (900.0, Stand("a@2", "a@2", 0.0, 400.0, "less")),
+    ],
+)
+def test_what_stands_for_a_load_is_an_arm_that_loads_it_or_lies_between_two_or_is_named(target, expected):
+    found = stand_in([("a@2", 400.0), ("a@1", 100.0)], target)
+    assert (found.below, found.above, found.kind) == (expected.below, expected.above, expected.kind)
+    assert found.share == pytest.approx(expected.share)
+    assert found.loaded == pytest.approx(expected.loaded)
+
+
+def test_the_table_at_equal_load_gives_scores_between_arms_and_says_where_there_is_no_arm():
+    loads = {"full": 1024.0, "icecache@64": 70.0, "icecache@256": 260.0, "quest@64": 130.0, "quest@256": 520.0}
+    right = {"full": 40, "icecache@64": 38, "icecache@256": 40, "quest@64": 10, "quest@256": 30, "random@64": 0}
+    arms = [_records("kv", arm, n, loaded=loads.get(arm, 70.5)) for arm, n in right.items()]
+    text = _text(_run(*arms)).partition("### At equal load")[2].partition("### ")[0]
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = {cells[1]: cells[2:-1] for cells in lines}
+    assert rows["rival"] == ["at 70 loaded", "icecache@64 minus it", "at 260 loaded", "icecache@256 minus it"]
+    # Half-way between 130 and 520 in the logarithm: 25 and 75 points give 50.
+    assert rows["quest"][0] == "25.0 (130)"
+    assert rows["quest"][2] == "~50.0"
+    assert rows["quest"][1].startswith("+70.0 [")
+    assert rows["quest"][3].startswith("+50.0 [")
+    assert rows["random"][0] == "0.0"
 
 
 def test_an_average_over_fewer_tasks_is_marked():
