@@ -126,6 +126,7 @@ class DeviceStep:
             self.table = torch.zeros(shape.n_searches, *units, shape.n_pages, dtype=torch.int64, device=shape.device)
             self.state = torch.zeros(1 + 3 * shape.n_rows, dtype=torch.int32, device=shape.device)
             self._host_state = torch.zeros_like(self.state, device="cpu", pin_memory=pinned)
+        self._addresses = [keys.data_ptr() for keys in self.near_keys]
         self.ticket, self.bounds = self.state[:1], self.state[1:].view(shape.n_rows, 3)
         self.lse: list[torch.Tensor | None] = [None] * shape.n_layers
         """Log-sum-exp (B, H, G) over what each layer attended to in the last step; the memory is the graph's."""
@@ -168,7 +169,7 @@ class DeviceStep:
 
     def holds(self, layer: int, near: NearBuffer) -> bool:
         """Whether `near` lives in the buffers of `layer`."""
-        return bool(near.keys.data_ptr() == self.near_keys[layer].data_ptr())
+        return bool(near.keys.data_ptr() == self._addresses[layer])
 
     def write_state(self, ticket: int, near: NearBuffer) -> None:
         """Say which step this is and which columns are live, the newest token's included.
@@ -179,7 +180,7 @@ class DeviceStep:
         values = [ticket]
         for sink, start in zip(near.sinks, near.starts, strict=True):
             values += (sink, start, near.stop + 1)
-        self._host_state.copy_(torch.tensor(values, dtype=torch.int64).to(torch.int32))
+        self._host_state.numpy()[:] = values
         self.state.copy_(self._host_state, non_blocking=True)
 
     def attend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from icecache import _core
-from icecache.attention.account import count_step
+from icecache.attention.account import Read, count_read, read_of
 from icecache.attention.device import DeviceStep, StepShape
 from icecache.attention.finder import FinderShape, PageFinder
 from icecache.config import PAGE_TOKENS
@@ -42,12 +43,20 @@ class _Held:
     stale: bool = False
     """Whether the pages were let go of: what the device holds means nothing any more."""
     n_steps: int = 0
+    uncounted: Read | None = None
+    """What the last step read, while the statistics do not know it."""
 
     def release(self) -> None:
         """Let go of the pages."""
         self.pages = []
-        self.mirror.clear()
         self.stale = True
+        self.mirror.clear()
+
+    def foresee(self, forests: list[_core.Forest], n_slots: int, pool: _core.Pool) -> None:
+        """Compare what the trees are about to be with what they were; in the background."""
+        self.mirror.foresee(pool, forests, n_slots)
+        if self.stale:  # let go of meanwhile
+            self.mirror.clear()
 
 
 class DeviceSearch:
@@ -62,6 +71,8 @@ class DeviceSearch:
     limit_bytes : int or None, default=None
         Most bytes of summaries of a step.
     """
+
+    waits = False
 
     def __init__(self, services: Services, *, bits: int = 1, limit_bytes: int | None = None) -> None:
         self._services, self._bits, self._limit = services, bits, limit_bytes
@@ -152,7 +163,7 @@ class DeviceSearch:
         return _TICKET
 
     def end(self, step: DeviceStep) -> None:
-        """Count what was read, and raise what went wrong.
+        """Take down what was read, and raise what went wrong.
 
         Raises
         ------
@@ -172,24 +183,48 @@ class DeviceSearch:
             layer = step.shape.number(step.shape.leaders[search])
             msg = f"layer {layer}, row {row}, KV head {head}: a query is not finite"
             raise BadTensorError(msg)
-        read = count_step(self._services, step, finder.host_table, finder.host_lse, held.n_steps)
-        held.n_steps += 1
-        missing = (held.whole >= 0) & (read != held.whole)
-        if missing.any():
-            search, row, head = np.argwhere(missing)[0]
-            got, all_of_it = read[search, row, head], held.whole[search, row, head]
-            layer = step.shape.number(step.shape.leaders[search])
-            msg = f"layer {layer}, row {row}, KV head {head}: {got} of {all_of_it} tokens were read, all fit the budget"
-            raise EngineError(msg)
+        self.account()  # nothing, as a rule: it was done beside the step
+        read = read_of(step, finder.host_table, finder.host_lse, held.n_steps)
+        held.uncounted, held.n_steps = read, held.n_steps + 1
+        if (held.whole >= 0).any():
+            _check_whole(step.shape, read.tokens(), held.whole)
+
+    def beside(self, step: DeviceStep, pages: Sequence[LayerPages], *, handed: bool) -> None:
+        """Count the step before; where tokens are on their way into the trees, look ahead behind their inserts."""
+        self.account()
+        held, finder = self._held[step], step.finder
+        if handed and finder is not None and not held.stale:
+            ahead = [(p, b, p.handed[b]) for p in pages if p.place == 0 for b in range(p.n_rows)]
+            forests = [p.forests[b] if way is None else way.ahead.forest for p, b, way in ahead]
+            self._services.inserter.also(functools.partial(held.foresee, forests, finder.shape.n_slots))
+
+    def account(self) -> None:
+        """Add to the statistics what is not in them yet."""
+        for held in self._held.values():
+            if held.uncounted is not None:
+                count_read(self._services, held.uncounted)
+                held.uncounted = None
 
     def close(self) -> None:
         """Let go of all sequences; no step is in flight."""
+        self.account()
         for step, held in self._held.items():
             if step.shape.device.type == "cuda":
                 torch.cuda.synchronize(step.shape.device)  # sync: summaries may still be read from the pages
             held.release()
             step.finder = None
         self._held.clear()
+
+
+def _check_whole(shape: StepShape, read: npt.NDArray[np.int64], whole: npt.NDArray[np.int64]) -> None:
+    """Raise EngineError if of rows that are read whole something was not."""
+    missing = (whole >= 0) & (read != whole)
+    if missing.any():
+        search, row, head = np.argwhere(missing)[0]
+        got, all_of_it = read[search, row, head], whole[search, row, head]
+        layer = shape.number(shape.leaders[search])
+        msg = f"layer {layer}, row {row}, KV head {head}: {got} of {all_of_it} tokens were read, all fit the budget"
+        raise EngineError(msg)
 
 
 def _forget(reference: weakref.ref[_Held], binding: int) -> None:

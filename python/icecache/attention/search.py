@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from icecache import _core
-from icecache.attention.account import count_step
+from icecache.attention.account import count_read, read_of
 from icecache.attention.device import DeviceStep, StepShape
 from icecache.errors import EngineError
 from icecache.pages import LayerPages
@@ -41,6 +41,8 @@ class EngineSearch:
     services : Services
         Of the runtime; the memory of its stores must be page-locked when a step is made for a CUDA device.
     """
+
+    waits = True
 
     def __init__(self, start: Callable[[], _core.Engine], services: Services) -> None:
         self._start, self._services = start, services
@@ -131,6 +133,12 @@ class EngineSearch:
             held.box.unbind()
         self._count(held, step)
 
+    def beside(self, step: DeviceStep, pages: Sequence[LayerPages], *, handed: bool) -> None:
+        """Nothing to do: nobody may keep the device waiting for the workers."""
+
+    def account(self) -> None:
+        """Nothing is left to do."""
+
     def close(self) -> None:
         """Let go of all sequences and mailboxes; no step is in flight."""
         for held in self._boxes.values():
@@ -141,7 +149,8 @@ class EngineSearch:
         times = held.box.times()
         self._services.recorder.ms["search"] += float((times[:, 1] - times[:, 0]).sum()) / 1e6
         table, lse = held.tensors.table, held.tensors.lse
-        count_step(self._services, step, table[:, : step.shape.n_rows], lse[:, : step.shape.n_rows], held.n_steps)
+        n_rows = step.shape.n_rows
+        count_read(self._services, read_of(step, table[:, :n_rows], lse[:, :n_rows], held.n_steps))
         held.n_steps += 1
 
 

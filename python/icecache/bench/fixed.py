@@ -23,6 +23,8 @@ class FixedPages:
         Of the choice.
     """
 
+    waits = False
+
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._pool: torch.Tensor | None = None
@@ -51,6 +53,12 @@ class FixedPages:
 
     def end(self, step: DeviceStep) -> None:
         """Nothing can go wrong."""
+
+    def beside(self, step: DeviceStep, pages: Sequence[LayerPages], *, handed: bool) -> None:
+        """Nothing to do."""
+
+    def account(self) -> None:
+        """Nothing is counted."""
 
     def close(self) -> None:
         """Free the pages."""

@@ -39,6 +39,9 @@ _HOST_SEARCHES = "pages are searched on the host, which is slower: {}. search='c
 class Search(Protocol):
     """Who chooses the pages of a step: the host's workers, or a fixed choice in benchmarks."""
 
+    waits: bool
+    """Whether the device waits for the host within a step: then nothing may be allocated or loaded beside it."""
+
     def mailbox(self, shape: StepShape) -> MailboxTensors | None:
         """Make a mailbox for steps of this shape; None: the table is filled by somebody else.
 
@@ -59,6 +62,14 @@ class Search(Protocol):
 
     def end(self, step: DeviceStep) -> None:
         """Stop answering, and raise what went wrong. The device is done with the step."""
+        ...
+
+    def beside(self, step: DeviceStep, pages: Sequence[LayerPages], *, handed: bool) -> None:
+        """Do what no step has to wait for, while the device computes; `handed`: tokens are about to be inserted."""
+        ...
+
+    def account(self) -> None:
+        """Add to the statistics what is not in them yet of steps that are over."""
         ...
 
     def close(self) -> None:
@@ -124,8 +135,13 @@ class GraphDecoder:
             warnings.warn(f"the last decode step had failed: {error}", stacklevel=3)
         self._drop_steps()
 
-    def settle(self) -> None:
+    def settle(self, *, account: bool = True) -> None:
         """Wait for the step in flight and report what went wrong in it.
+
+        Parameters
+        ----------
+        account : bool, default=True
+            Complete the statistics; False: while the next step is computed.
 
         Raises
         ------
@@ -133,11 +149,12 @@ class GraphDecoder:
             If the search failed or came too late; the step used the pages of the step before.
         """
         step, self._running = self._running, None
-        if step is None:
-            return
-        if self._done is not None:
-            self._done.synchronize()  # sync: the step before must be over; generate has waited for it already
-        self.search.end(step)
+        if step is not None:
+            if self._done is not None:
+                self._done.synchronize()  # sync: the step before must be over; generate has waited for it already
+            self.search.end(step)
+        if account:
+            self.search.account()
 
     def summary_bytes(self) -> int:
         """Bytes of summaries of pages on the device."""
@@ -195,7 +212,9 @@ class GraphDecoder:
                 static.fill_(request.length)
             else:
                 static.copy_(given)
-        self.engine.services.hand_over(request.pages)  # now: the device is idle, and these tokens are there
+        services, waits = self.engine.services, self.search.waits
+        if waits:
+            services.hand_over(request.pages)  # now: the device is idle, and these tokens are there
         ticket = self.search.begin(step, request.pages, self.engine.services.n_pages)
         self._running = step
         write_state(step, ticket, request)
@@ -205,6 +224,8 @@ class GraphDecoder:
             self._give_up(error)
             return None
         self._mark_end()
+        if not waits:
+            self.search.beside(step, request.pages, handed=services.hand_over(request.pages))
         for layer in request.layers:
             layer.commit_one()
         if step.static is not None:

@@ -149,7 +149,7 @@ class ModelHooks:
         """Pre-hook: everything that can fail before the step changes anything fails here."""
         set_current_step(None)
         if self.decoder is not None:
-            self.decoder.settle()
+            self.decoder.settle(account=False)
         names = frozenset(kwargs) | frozenset(self._names[: len(args)])
         step = Step(self.engine, names, sys._getframe(1))
         cache = self._cache(args, kwargs)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,6 +67,10 @@ class Inserter:
         """Insert once `ready` has happened; the result raises what :func:`insert` raises."""
         return self._started().submit(self._run, recorder, list(moves), ready)
 
+    def also(self, work: Callable[[_core.Pool], None]) -> Future[None]:
+        """Do this behind all jobs so far; it gets the pool they use."""
+        return self._started().submit(lambda: work(self._own_pool()))
+
     def _started(self) -> ThreadPoolExecutor:
         if self._thread is None:
             name = "icecache-insert"
@@ -74,11 +78,15 @@ class Inserter:
         return self._thread
 
     def _run(self, recorder: Recorder, moves: list[Move], ready: torch.cuda.Event | None) -> None:
-        if self._pool is None:
-            self._pool = _core.Pool(_THREADS)  # here: its threads inherit cores and priority of this one
+        pool = self._own_pool()
         if ready is not None:
             ready.synchronize()  # sync: this thread only
-        insert(self._pool, recorder, moves)
+        insert(pool, recorder, moves)
+
+    def _own_pool(self) -> _core.Pool:
+        if self._pool is None:
+            self._pool = _core.Pool(_THREADS)  # here: its threads inherit cores and priority of this one
+        return self._pool
 
     def close(self) -> None:
         """End the thread once its jobs are done."""
@@ -96,15 +104,15 @@ def _step_back() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
 
 
-def hand_over(inserter: Inserter, recorder: Recorder, layers: Sequence[LayerPages]) -> None:
-    """Start to insert the next tokens of all rows that have come so far.
+def hand_over(inserter: Inserter, recorder: Recorder, layers: Sequence[LayerPages]) -> bool:
+    """Start to insert the next tokens of all rows that have come so far; says whether there are any.
 
     Copies are enqueued on the current stream. If this raises, nothing has changed.
     """
     groups = whole_groups(layers)
     places = [(group, b) for group in groups for b in range(group[0].n_rows) if _is_ready(group[0], b)]
     if not places:
-        return
+        return False
     hosted, ready = start_to_host([x for group, b in places for x in oldest(group, b, PAGE_TOKENS)])
     aheads = [group[0].forests[b].ahead() for group, b in places]
     moves = [
@@ -115,6 +123,7 @@ def hand_over(inserter: Inserter, recorder: Recorder, layers: Sequence[LayerPage
     for (group, b), ahead in zip(places, aheads, strict=True):
         for pages in group:
             pages.handed[b] = Handed(ahead, PAGE_TOKENS, job)
+    return True
 
 
 def whole_groups(layers: Sequence[LayerPages]) -> list[list[LayerPages]]:

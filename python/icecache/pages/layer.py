@@ -127,6 +127,11 @@ class LayerPages:
         if extra[0] > 0:
             self.near.truncate(extra[0])
 
+    def any_due(self) -> bool:
+        """Whether some row has tokens that are due: the question of every step, and mostly no."""
+        least = PAGE_TOKENS if self.layout.keeps_middle else 1
+        return self.near.stop - min(self.near.starts, default=0) >= self.layout.window_tokens + least
+
     def due(self) -> list[int]:
         """Window tokens of each row that have to leave before the next search."""
         over = [self.near.window_count(b) - self.layout.window_tokens for b in range(self.n_rows)]
@@ -216,6 +221,8 @@ def drain(pool: _core.Pool, recorder: Recorder, layers: Sequence[LayerPages]) ->
     tokens stay where they are until all of a group are among `layers`. If this raises, every token is still in its
     window or in its forest, and all sequences are usable.
     """
+    if not any(pages.any_due() for pages in layers):
+        return
     groups = whole_groups(layers)
     adopt_due(recorder, groups)
     lengths: list[tuple[list[LayerPages], list[int], list[int]]] = []

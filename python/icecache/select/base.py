@@ -111,9 +111,9 @@ class Services:
         """Move what is due from the windows of `layers` to their forests; see :func:`icecache.pages.drain`."""
         drain(self.pool, self.recorder, layers)
 
-    def hand_over(self, layers: Sequence[LayerPages]) -> None:
+    def hand_over(self, layers: Sequence[LayerPages]) -> bool:
         """Start to insert what is due next, in the background; see :func:`icecache.pages.hand_over`."""
-        hand_over(self.inserter, self.recorder, layers)
+        return hand_over(self.inserter, self.recorder, layers)
 
     def fetch(self, request: Request, selection: _core.Selection) -> Fetched:
         """Bring all pages of a selection to the device."""

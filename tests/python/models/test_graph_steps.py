@@ -264,7 +264,7 @@ def test_what_was_read_is_counted():
         stats = runtime.stats()
     assert stats.steps == N_NEW - 1
     assert 48 < stats.attended_min <= stats.attended_max <= 64 + 1 + 15
-    assert stats.pages_read == (N_NEW - 1) * 2 * 3 * 2
+    assert stats.pages_read == (N_NEW - 1) * 2 * 3 * 2 * 2  # rows, layers, KV heads, pages
     assert stats.ms["search"] > 0
 
 
