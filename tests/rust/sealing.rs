@@ -33,29 +33,48 @@ fn what_is_sealed_aside_is_what_a_bulk_build_packs() {
 }
 
 #[test]
-fn a_packed_stretch_takes_its_place_at_a_fixed_count_of_tokens() {
-    // (sealing, tokens, tokens in tails just before and from then on)
+fn a_packed_stretch_takes_its_place_at_a_fixed_count_of_tokens_in_each_head() {
+    // (sealing, end of a stretch, its tokens, tokens until its packed form takes its place in each of two heads)
     let changes = [
-        (Sealing::Tiers, 256 + 128, 256 + 127, 128),
-        (Sealing::Tiers, 768 + 128, 256 + 127, 128),
-        (Sealing::Tiers, 1024 + 128, 256 + 127, 128),
-        (Sealing::Background, 1024 + 256, 1024 + 255, 256),
+        (Sealing::Tiers, 256, 256, [128, 192]),
+        (Sealing::Tiers, 768, 256, [128, 192]),
+        (Sealing::Tiers, 1024, 256, [128, 192]),
+        (Sealing::Background, 1024, 1024, [256, 384]),
     ];
     let pool = pool(1);
-    for (sealing, tokens, before, after) in changes {
+    for (sealing, end, stretch, lags) in changes {
         let forest = sealing_forest(2, sealing);
-        let keys = noise(2 * DIM, 2);
         // 48 does not divide any of the counts.
         add(&pool, &forest, &noise(2 * 7 * DIM, 3));
-        while forest.len() < tokens - 1 {
-            let n = 48.min(tokens - 1 - forest.len());
-            add(&pool, &forest, &noise(2 * n * DIM, forest.len() as u64));
+        let grow = |tokens: usize| {
+            while forest.len() < tokens {
+                let n = 48.min(tokens - forest.len());
+                add(&pool, &forest, &noise(2 * n * DIM, forest.len() as u64));
+            }
+        };
+        for (frozen, lag) in [(2, lags[0]), (1, lags[1])] {
+            grow(end + lag - 1);
+            let in_tails = |frozen: usize, behind: usize| (frozen * stretch + 2 * behind) as u64;
+            assert_eq!(forest.counters().tail_tokens, in_tails(frozen, lag - 1), "{sealing:?} {end}");
+            grow(end + lag);
+            assert_eq!(forest.counters().tail_tokens, in_tails(frozen - 1, lag), "{sealing:?} {end}");
+            forest.validate().unwrap();
         }
-        assert_eq!(forest.counters().tail_tokens, 2 * before, "{sealing:?} {tokens}");
-        add(&pool, &forest, &keys);
-        assert_eq!(forest.counters().tail_tokens, 2 * after, "{sealing:?} {tokens}");
-        forest.validate().unwrap();
     }
+}
+
+#[test]
+fn heads_take_turns_so_that_a_late_packing_is_waited_for_once_in_sixteen_tokens() {
+    let (pool, forest) = (pool(1), sealing_forest(8, Sealing::Tiers));
+    add(&pool, &forest, &noise(8 * 1000 * DIM, 1));
+    let mut seals = forest.counters().seals;
+    for round in 0..82 {
+        add(&pool, &forest, &noise(8 * 16 * DIM, round));
+        let now = forest.counters().seals;
+        assert!(now <= seals + 1, "{} heads were sealed at {} tokens", now - seals, forest.len());
+        seals = now;
+    }
+    assert_eq!(forest.counters().segments, 8 * 2);
 }
 
 #[test]

@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 use crate::free::{FreeBits, Lowest};
 use crate::ids::{PageId, PageRef};
 use crate::layout::PageLayout;
+use crate::provision::Provision;
 use crate::retire::Retired;
 use crate::simd::instruction_set;
 use crate::slabs::{HeapSlabs, SlabAllocator};
@@ -68,8 +69,10 @@ pub struct PageStore {
     page_bytes: usize,
     /// `log2` of the pages of a slab.
     slab_shift: u32,
-    limit_pages: usize,
-    allocator: Box<dyn SlabAllocator>,
+    /// Most pages in use at a time.
+    pub(crate) limit_pages: usize,
+    /// Where the memory of its pages comes from.
+    pub(crate) allocator: Box<dyn SlabAllocator>,
     buckets: [Once<Bucket>; N_BUCKETS],
     /// Slabs `0..n_slabs` exist.
     n_slabs: AtomicUsize,
@@ -80,6 +83,8 @@ pub struct PageStore {
     pub(crate) retired: Retired,
     /// Packs stretches of all its forests.
     pub(crate) background: Background,
+    /// What its forests will want.
+    pub(crate) provision: Provision,
 }
 
 impl PageStore {
@@ -112,6 +117,7 @@ impl PageStore {
             used_pages: AtomicUsize::new(0),
             retired: Retired::default(),
             background: Background::default(),
+            provision: Provision::default(),
         }))
     }
 
@@ -130,8 +136,7 @@ impl PageStore {
     /// Bytes of the pages in use, those that wait for a step to end included.
     #[must_use]
     pub fn used_bytes(&self) -> usize {
-        // Relaxed: a statistic, it orders nothing.
-        self.used_pages.load(Ordering::Relaxed) * self.page_bytes
+        self.used_pages() * self.page_bytes
     }
 
     /// Bytes taken from the allocator.
@@ -147,22 +152,20 @@ impl PageStore {
         self.background.start();
     }
 
-    /// Takes slabs from the allocator until `bytes` more of pages can be handed out, or the limit is reached. Pinning
-    /// memory is slow (about 0.2 s a GiB).
-    ///
-    /// # Errors
-    /// If the allocator has no more memory; slabs it gave before stay.
-    pub fn reserve_bytes(&self, bytes: usize) -> Result<()> {
-        // Relaxed: a statistic; leases that come later take from what is reserved here.
-        let used = self.used_pages.load(Ordering::Relaxed);
-        let wanted = bytes.div_ceil(self.page_bytes).min(self.limit_pages - used);
-        loop {
-            let n_slabs = self.n_slabs.load(acquire(Site::Pointer));
-            if n_slabs << self.slab_shift >= used + wanted {
-                return Ok(());
-            }
-            self.add_slab(n_slabs)?;
-        }
+    /// Pages in use, or promised.
+    pub(crate) fn used_pages(&self) -> usize {
+        // Relaxed: a statistic, it orders nothing.
+        self.used_pages.load(Ordering::Relaxed)
+    }
+
+    /// Pages that exist, used or not.
+    pub(crate) fn n_pages(&self) -> usize {
+        self.n_slabs.load(acquire(Site::Pointer)) << self.slab_shift
+    }
+
+    /// Pages of a slab.
+    pub(crate) fn slab_pages(&self) -> usize {
+        1 << self.slab_shift
     }
 
     /// Whether `page` still names the content it named when it was handed out.
@@ -270,7 +273,7 @@ impl PageStore {
     }
 
     /// Adds slab number `n_slabs`, unless somebody else does so first.
-    fn add_slab(&self, n_slabs: usize) -> Result<()> {
+    pub(crate) fn add_slab(&self, n_slabs: usize) -> Result<()> {
         let bytes = self.slab_layout_bytes();
         let layout = self.slab_layout().ok_or(Error::OutOfMemory { bytes })?;
         let memory = self.allocator.allocate(layout)?;

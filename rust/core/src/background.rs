@@ -9,7 +9,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::{any::Any, fmt, mem, thread};
 
 use crate::sync::{Arc, OnceLock};
@@ -82,20 +82,12 @@ impl<T: Clone + Send + 'static> Task<T> {
     }
 }
 
-/// What a maintenance thread does with a task.
-trait Run: Send + Sync {
-    fn run(&self);
-}
+/// What a maintenance thread does.
+type Work = Box<dyn FnOnce() + Send>;
 
-impl<T: Clone + Send + 'static> Run for Task<T> {
-    fn run(&self) {
-        Task::run(self);
-    }
-}
-
-/// A thread that runs tasks one after the other; begun when the first one comes, ended when this is dropped.
+/// A thread that does one thing after the other; begun when the first one comes, ended when this is dropped.
 #[derive(Default)]
-pub(crate) struct Background(OnceLock<Option<Sender<Weak<dyn Run>>>>);
+pub(crate) struct Background(OnceLock<Option<Sender<Work>>>);
 
 impl fmt::Debug for Background {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -107,10 +99,19 @@ impl Background {
     /// Queues a task. If no thread can be had, whoever joins the task runs it; if nobody holds the task any more when
     /// its turn comes, it is skipped.
     pub(crate) fn submit<T: Clone + Send + 'static>(&self, task: &Arc<Task<T>>) {
+        let weak = Arc::downgrade(task);
+        self.later(move || {
+            if let Some(task) = weak.upgrade() {
+                task.run();
+            }
+        });
+    }
+
+    /// Queues something that nobody waits for; it is dropped undone if no thread can be had.
+    pub(crate) fn later(&self, work: impl FnOnce() + Send + 'static) {
         if let Some(sender) = self.sender() {
-            let weak: Weak<Task<T>> = Arc::downgrade(task);
-            // Fails only when the thread is gone; then whoever joins runs the task.
-            let _ = sender.send(weak);
+            // Fails only when the thread is gone.
+            let _ = sender.send(Box::new(work));
         }
     }
 
@@ -119,10 +120,10 @@ impl Background {
         let _ = self.sender();
     }
 
-    fn sender(&self) -> Option<&Sender<Weak<dyn Run>>> {
+    fn sender(&self) -> Option<&Sender<Work>> {
         let begin = || {
-            let (sender, receiver) = channel::<Weak<dyn Run>>();
-            let serve = move || receiver.iter().filter_map(|task| task.upgrade()).for_each(|task| task.run());
+            let (sender, receiver) = channel::<Work>();
+            let serve = move || receiver.iter().for_each(|work| work());
             // Not joined: a task may own the last reference to the store that owns this, and would wait for itself.
             thread::Builder::new().name("icecache-pack".to_owned()).spawn(serve).ok().map(|_| sender)
         };

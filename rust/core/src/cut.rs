@@ -3,6 +3,7 @@
 
 use crate::arena::Lease;
 use crate::config::{SEGMENT_TOKENS, Sealing};
+use crate::error::Result;
 use crate::plan::{How, Job, Rebuild, finish};
 use crate::snapshot::View;
 use crate::state::{SegmentEntry, Tail, Tree};
@@ -21,11 +22,14 @@ pub(crate) fn plan_crop(view: &View, n: usize, sealing: Sealing) -> Rebuild<'_> 
 }
 
 /// Keeps the first `n` tokens; `lease` holds the pages of the plan.
-pub(crate) fn crop(view: &View, n: usize, plan: Rebuild<'_>, lease: Lease) -> Tree {
+///
+/// # Errors
+/// If the store has no room for a page that nobody could foresee.
+pub(crate) fn crop(view: &View, n: usize, plan: Rebuild<'_>, lease: Lease) -> Result<Tree> {
     let segments = view.snapshot().segments.truncated(segments_for_crop(view, n));
     let kept = Tree { segments: Arc::new(segments), ..Tree::empty() };
-    let done = plan.into_jobs(lease).into_iter().map(Job::run).collect();
-    finish(&kept, done).tree
+    let done = plan.into_jobs(lease).into_iter().map(Job::run).collect::<Result<_>>()?;
+    Ok(finish(&kept, done).tree)
 }
 
 /// Marks `tokens`, which ascend, dead; returns the new tree and how many were alive.

@@ -60,8 +60,11 @@ impl Forest {
     }
 
     fn from_state(store: Arc<PageStore>, sealing: Sealing, state: State) -> Self {
-        let n_heads = state.trees.heads.len();
-        let shared = Arc::new(Shared::new(store, sealing, state));
+        Self::of_shared(Shared::new(store, sealing, state, true))
+    }
+
+    fn of_shared(shared: Shared) -> Self {
+        let (n_heads, shared) = (shared.load().trees.heads.len(), Arc::new(shared));
         let heads = (0..n_heads).map(|head| HeadIndex::new(&shared, head)).collect();
         Self { shared, heads }
     }
@@ -75,9 +78,9 @@ impl Forest {
         Self::from_state(store, sealing, view.frozen())
     }
 
-    /// A sequence that goes on from these trees.
+    /// A sequence that goes on from these trees in place of another one.
     pub(crate) fn of_trees(store: Arc<PageStore>, sealing: Sealing, trees: Arc<Trees>) -> Self {
-        Self::from_state(store, sealing, State { trees, pending: Vec::new() })
+        Self::of_shared(Shared::new(store, sealing, State { trees, pending: Vec::new() }, false))
     }
 
     /// A sequence of one tree with these segments of 1024 positions each and an empty tail.
@@ -196,7 +199,7 @@ impl Forest {
             let plans: Vec<_> = views.iter().map(|view| cut::plan_crop(view, n, self.shared.sealing)).collect();
             let leases = plans.iter().map(|plan| self.store().lease(plan.n_pages())).collect::<Result<Vec<Lease>>>()?;
             let pieces = views.iter().zip(plans).zip(leases);
-            let heads = pieces.map(|((view, plan), lease)| cut::crop(view, n, plan, lease)).collect();
+            let heads = pieces.map(|((view, plan), lease)| cut::crop(view, n, plan, lease)).collect::<Result<_>>()?;
             let trees = Trees { heads, tokens: n, removals: state.trees.removals && n > 0 };
             if self.shared.replace_trees(&state.trees, &Arc::new(trees)) {
                 return Ok(());

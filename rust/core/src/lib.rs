@@ -42,6 +42,7 @@ mod page;
 pub mod paper;
 mod pending;
 mod plan;
+mod provision;
 mod reassign;
 mod retire;
 mod rows;

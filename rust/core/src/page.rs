@@ -253,6 +253,12 @@ impl OpenPage {
         ours
     }
 
+    /// Whether slot `slot` is the next one to be reserved.
+    pub(crate) fn continues(&self, slot: usize) -> bool {
+        // Relaxed: a guess; `append` decides.
+        self.reserved.load(Ordering::Relaxed) as usize == slot
+    }
+
     /// Number of leading published slots.
     pub(crate) fn published(&self) -> usize {
         // Acquire: pairs with the Release in `append`.

@@ -3,11 +3,12 @@
 
 use crate::arena::Lease;
 use crate::config::{PAGE_TOKENS, PART_TOKENS, SEGMENT_TOKENS, Sealing};
+use crate::error::Result;
 use crate::page::Row;
 use crate::segment::{Segment, SegmentRow};
 use crate::snapshot::View;
 use crate::state::{SegmentEntry, Tail, Tree};
-use crate::stretch::{Growing, Packing, n_pages};
+use crate::stretch::{Growing, Needs, Packing, Pages, needs};
 use crate::sync::Arc;
 use crate::tail::{pack_tail, pages_for_inserts};
 
@@ -40,18 +41,22 @@ pub(crate) enum Done {
 }
 
 impl Job<'_> {
-    pub(crate) fn run(self) -> Done {
-        match self {
+    /// Does the work.
+    ///
+    /// # Errors
+    /// If the store has no room for a page that nobody could foresee.
+    pub(crate) fn run(self) -> Result<Done> {
+        Ok(match self {
             Job::Segment { rows, is_part, lease } => {
                 let entry = SegmentEntry::whole(Arc::new(Segment::build(lease, &rows)));
                 if is_part { Done::Part(entry) } else { Done::Segment(entry) }
             }
             Job::Pack { start, rows, lease } => Done::Tail(Tail::new(start, pack_tail(lease, &rows), None)),
             Job::Insert { mut growing, rows } => {
-                growing.add(&rows);
+                growing.add(&rows)?;
                 Done::Grown(growing)
             }
-        }
+        })
     }
 }
 
@@ -60,7 +65,7 @@ pub(crate) enum Plan<'a> {
     /// No more than a stretch, or a tail that is never sealed, or one that stays below 1024 tokens: insert.
     Insert {
         rows: &'a [Row<'a>],
-        pages: usize,
+        needs: Needs,
     },
     Rebuild(Rebuild<'a>),
 }
@@ -87,7 +92,7 @@ impl<'a> Plan<'a> {
             None => (view.tail_tokens() + rows.len() < SEGMENT_TOKENS, view.tail_tokens() > 0),
         };
         if few && (begun || how == How::OneByOne) {
-            return Plan::Insert { rows, pages: n_pages(tree, tokens, rows.len(), sealing) };
+            return Plan::Insert { rows, needs: needs(tree, tokens, rows.len(), sealing) };
         }
         let start = tree.tail_start();
         let old = view.rows(start, tokens).into_iter().map(|(position, row)| (position - start, row));
@@ -95,23 +100,21 @@ impl<'a> Plan<'a> {
         Plan::Rebuild(Rebuild::new(start, tokens - start + rows.len(), all, how, sealing))
     }
 
-    /// Pages the plan takes at most.
-    pub(crate) fn n_pages(&self) -> usize {
+    /// Pages the plan takes.
+    pub(crate) fn needs(&self) -> Needs {
         match self {
-            Plan::Insert { pages, .. } => *pages,
-            Plan::Rebuild(rebuild) => rebuild.n_pages(),
+            Plan::Insert { needs, .. } => *needs,
+            Plan::Rebuild(rebuild) => Needs { open: rebuild.n_pages(), packed: 0 },
         }
     }
 
-    /// The jobs of the plan; `lease` holds exactly [`Plan::n_pages`] pages.
-    pub(crate) fn into_jobs(self, view: &View, sealing: Sealing, lease: Lease) -> Vec<Job<'a>> {
+    /// The jobs of the plan; `pages` are exactly what it [needs](Plan::needs).
+    pub(crate) fn into_jobs(self, view: &View, sealing: Sealing, pages: Pages) -> Vec<Job<'a>> {
         match self {
             Plan::Insert { rows, .. } => {
-                let trees = view.trees();
-                let growing = Growing::new(view.snapshot().clone(), trees.tokens, trees.removals, sealing, lease);
-                vec![Job::Insert { growing, rows: rows.to_vec() }]
+                vec![Job::Insert { growing: Growing::new(view, sealing, pages), rows: rows.to_vec() }]
             }
-            Plan::Rebuild(rebuild) => rebuild.into_jobs(lease),
+            Plan::Rebuild(rebuild) => rebuild.into_jobs(pages.open),
         }
     }
 }
@@ -147,7 +150,7 @@ impl<'a> Rebuild<'a> {
         let pages = |rows: usize| rows.div_ceil(PAGE_TOKENS);
         let tail = match self.how {
             How::Together => pages(self.tail.len()),
-            How::OneByOne => pages_for_inserts(self.tail.len(), 0),
+            How::OneByOne => pages_for_inserts(self.tail.len(), &[]),
         };
         self.segments.iter().chain(&self.parts).map(|rows| pages(rows.len())).sum::<usize>() + tail
     }
@@ -166,8 +169,7 @@ impl<'a> Rebuild<'a> {
         jobs.push(match self.how {
             How::Together => Job::Pack { start, rows: self.tail, lease },
             How::OneByOne => {
-                let empty = Tree { tail: Tail::new(start, Vec::new(), None), ..Tree::empty() };
-                let growing = Growing::new(empty, start, false, Sealing::Never, lease);
+                let growing = Growing::empty(start, lease);
                 Job::Insert { growing, rows: self.tail.into_iter().map(|(_, row)| row).collect() }
             }
         });
@@ -196,7 +198,7 @@ pub(crate) struct Finished {
     pub(crate) tree: Tree,
     pub(crate) counts: Counts,
     /// Pages left over.
-    pub(crate) spare: Option<Lease>,
+    pub(crate) spare: Option<Pages>,
     /// A packing that is to be begun once the tree is published.
     pub(crate) packing: Option<Arc<Packing>>,
 }
@@ -211,8 +213,8 @@ pub(crate) fn finish(old: &Tree, done: Vec<Done>) -> Finished {
             Done::Segment(segment) => segments.push(segment),
             Done::Part(part) => parts.push(part),
             Done::Tail(tail) => finished.tree.tail = tail,
-            Done::Grown(Growing { tree, spare, counts, .. }) => {
-                finished.spare = Some(spare);
+            Done::Grown(Growing { tree, pages, counts, .. }) => {
+                finished.spare = Some(pages);
                 finished.counts.add(counts);
                 if rebuilt {
                     finished.tree.tail = tree.tail;

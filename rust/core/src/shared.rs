@@ -25,6 +25,8 @@ const HELP_BLOCKS: usize = if cfg!(any(loom, feature = "stress")) { 3 } else { 8
 pub(crate) struct Shared {
     pub(crate) store: Arc<PageStore>,
     pub(crate) sealing: Sealing,
+    /// Trees that the store provides for.
+    foreseen: usize,
     state: Cell<State>,
     /// Set while somebody computes new trees: others then leave the work to it, unless too much waits. A courtesy that
     /// saves work done twice; nothing rests on it.
@@ -45,11 +47,21 @@ impl Drop for Writing<'_> {
     }
 }
 
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.store.provision.end(self.foreseen);
+    }
+}
+
 impl Shared {
-    pub(crate) fn new(store: Arc<PageStore>, sealing: Sealing, state: State) -> Self {
+    /// The state of a new forest. `grows`: pages for its trees are had ready, should they seal aside.
+    pub(crate) fn new(store: Arc<PageStore>, sealing: Sealing, state: State, grows: bool) -> Self {
+        let foreseen = if grows && sealing.stretch().is_some() { state.trees.heads.len() } else { 0 };
+        store.provision.begin(foreseen);
         Self {
             store,
             sealing,
+            foreseen,
             state: Cell::new(state),
             writing: AtomicBool::new(false),
             inserts: AtomicU64::new(0),
@@ -189,9 +201,12 @@ impl Shared {
         }
     }
 
-    /// Counts what happened, and has the stretches packed that ended in it.
+    /// Counts what happened, has the stretches packed that ended in it, and the pages made ready that come next.
     pub(crate) fn published(&self, grown: &Grown) {
         grown.packings.iter().for_each(|packing| self.store.background.submit(packing));
+        if self.sealing.stretch().is_some() {
+            self.store.foresee(grown.trees.tokens, self.sealing);
+        }
         self.count(grown.counts);
     }
 

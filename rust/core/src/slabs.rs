@@ -17,6 +17,9 @@ pub unsafe trait SlabAllocator: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`Error::OutOfMemory`] or [`Error::HostMemory`] when there is none.
     fn allocate(&self, layout: Layout) -> Result<NonNull<u8>>;
+    /// Has the system back part of a slab that will be written soon, for instance by touching it; what it holds stays the
+    /// same, also for those who read and write it meanwhile. Called by a thread that nobody waits for.
+    fn commit(&self, _memory: NonNull<u8>, _bytes: usize) {}
     /// Takes memory back.
     ///
     /// # Safety
@@ -60,6 +63,10 @@ unsafe impl SlabAllocator for HeapSlabs {
         Ok(slab)
     }
 
+    fn commit(&self, memory: NonNull<u8>, bytes: usize) {
+        populate(memory, bytes);
+    }
+
     unsafe fn deallocate(&self, slab: NonNull<u8>, layout: Layout) {
         let Some(padded) = Self::padded(layout) else { return };
         // SAFETY: `allocate` made `slab` with this layout, so the `usize` before it is part of the allocation.
@@ -89,5 +96,74 @@ fn ask_for_huge_pages(memory: NonNull<u8>, bytes: usize) {
     let _ = unsafe { libc::madvise(start.as_ptr().cast(), inside, libc::MADV_HUGEPAGE) };
 }
 
+/// Has the system back memory now and not when it is first written; an older system (before 5.14) refuses, and nothing
+/// changes. In pieces, because other threads cannot map memory meanwhile.
+#[cfg(all(target_os = "linux", not(miri)))]
+fn populate(memory: NonNull<u8>, bytes: usize) {
+    const PIECE: usize = 2 << 20;
+    const SYSTEM_PAGE: usize = 4096;
+    let before = memory.as_ptr().align_offset(SYSTEM_PAGE);
+    let inside = bytes.saturating_sub(before) / SYSTEM_PAGE * SYSTEM_PAGE;
+    for at in (0..inside).step_by(PIECE) {
+        // SAFETY: `before + at < bytes`, so the start lies inside the caller's memory.
+        let start = unsafe { memory.add(before + at) };
+        // SAFETY: the range lies inside memory of ours; populating does not change what it holds.
+        let failed = unsafe { libc::madvise(start.as_ptr().cast(), PIECE.min(inside - at), libc::MADV_POPULATE_WRITE) };
+        if failed != 0 {
+            return;
+        }
+    }
+}
+
+#[cfg(not(all(target_os = "linux", not(miri))))]
+fn populate(_: NonNull<u8>, _: usize) {}
+
 #[cfg(not(all(target_os = "linux", not(miri))))]
 fn ask_for_huge_pages(_: NonNull<u8>, _: usize) {}
+
+#[cfg(test)]
+pub(crate) mod watched {
+    use std::alloc::Layout;
+    use std::ptr::NonNull;
+    use std::thread::{ThreadId, current};
+
+    use super::{HeapSlabs, SlabAllocator};
+    use crate::error::Result;
+    use crate::sync::{Arc, AtomicUsize, Ordering};
+
+    /// The ordinary memory, and what one thread asks of it.
+    #[derive(Debug, Clone)]
+    pub(crate) struct Watched {
+        owner: ThreadId,
+        /// Slabs that the thread asked for.
+        pub(crate) own_slabs: Arc<AtomicUsize>,
+        /// Bytes that others had backed by memory.
+        pub(crate) committed: Arc<AtomicUsize>,
+    }
+
+    impl Watched {
+        pub(crate) fn by_this_thread() -> Self {
+            Self { owner: current().id(), own_slabs: Arc::default(), committed: Arc::default() }
+        }
+    }
+
+    // SAFETY: passes everything on to the allocator that keeps the contract.
+    unsafe impl SlabAllocator for Watched {
+        fn allocate(&self, layout: Layout) -> Result<NonNull<u8>> {
+            let own = usize::from(current().id() == self.owner);
+            self.own_slabs.fetch_add(own, Ordering::SeqCst);
+            HeapSlabs.allocate(layout)
+        }
+
+        fn commit(&self, memory: NonNull<u8>, bytes: usize) {
+            assert_ne!(current().id(), self.owner, "the inserting thread waits for memory");
+            self.committed.fetch_add(bytes, Ordering::SeqCst);
+            HeapSlabs.commit(memory, bytes);
+        }
+
+        unsafe fn deallocate(&self, slab: NonNull<u8>, layout: Layout) {
+            // SAFETY: the caller's promise.
+            unsafe { HeapSlabs.deallocate(slab, layout) }
+        }
+    }
+}

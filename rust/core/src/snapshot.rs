@@ -102,6 +102,11 @@ impl View {
         Self { state, head, tokens }
     }
 
+    /// Number of the tree.
+    pub(crate) fn head(&self) -> usize {
+        self.head
+    }
+
     /// The tree, without pending tokens.
     pub(crate) fn snapshot(&self) -> &Tree {
         &self.state.trees.heads[self.head]

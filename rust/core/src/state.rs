@@ -1,7 +1,7 @@
 //! One published state of a forest. Immutable, but for the log of its last pending block.
 #![forbid(unsafe_code)]
 
-use crate::config::SEGMENT_TOKENS;
+use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS};
 use crate::groups::Segments;
 use crate::layout::PageLayout;
 use crate::page::OpenPage;
@@ -93,6 +93,12 @@ pub(crate) struct TailEntry {
 impl TailEntry {
     pub(crate) fn mask(&self) -> u16 {
         full_mask(self.count as usize) & !self.dead
+    }
+
+    /// Whether adding tokens can make a copy of the page necessary: somebody else continued it, or removals leave room in it
+    /// that lies behind no last slot.
+    pub(crate) fn may_be_copied(&self) -> bool {
+        self.dead != 0 || (self.count as usize != PAGE_TOKENS && !self.page.continues(self.count as usize))
     }
 }
 

@@ -2,7 +2,8 @@
 //!
 //! A stretch ends at a fixed count of tokens: its pages are *frozen* and a new tail begins. The packed form takes their
 //! place a fixed count later, whether it was ready long before or somebody has to wait for it: what a search sees depends
-//! on the tokens alone, never on the speed of a thread. With tiers the first three stretches of a segment become *parts*
+//! on the tokens alone, never on the speed of a thread. The heads take their turns, so that a thread which finds the
+//! packing late packs or waits for one of them and not for all. With tiers the first three stretches of a segment become *parts*
 //! of 256 tokens; the fourth ends the segment, and all 1024 tokens are packed anew.
 #![forbid(unsafe_code)]
 
@@ -11,9 +12,11 @@ use std::mem;
 use crate::arena::Lease;
 use crate::background::Task;
 use crate::config::{PAGE_TOKENS, PART_TOKENS, SEGMENT_TOKENS, Sealing};
+use crate::error::Result;
 use crate::page::Row;
 use crate::plan::Counts;
 use crate::segment::{Segment, SegmentRow};
+use crate::snapshot::View;
 use crate::state::{SegmentEntry, Tail, Tree};
 use crate::sync::Arc;
 use crate::tail::{Inserter, live_rows, pages_for_inserts};
@@ -35,28 +38,46 @@ impl Frozen {
     }
 }
 
+/// Pages that a tree takes while it grows.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Needs {
+    /// Pages that the adding thread itself writes.
+    pub(crate) open: usize,
+    /// Pages that are written later, by whoever packs.
+    pub(crate) packed: usize,
+}
+
+/// Pages for [`Needs`].
+#[derive(Debug)]
+pub(crate) struct Pages {
+    pub(crate) open: Lease,
+    pub(crate) packed: Lease,
+}
+
 /// A tree that grows. Nothing of it is visible to anybody yet.
 pub(crate) struct Growing {
     pub(crate) tree: Tree,
     /// Positions in the tree.
     pub(crate) tokens: usize,
-    /// At least [`n_pages`] pages, from which all new ones come.
-    pub(crate) spare: Lease,
+    /// The pages of [`needs`], from which all new ones come.
+    pub(crate) pages: Pages,
     pub(crate) counts: Counts,
     sealing: Sealing,
+    /// Tokens between the end of a stretch and its packed form.
+    lag: usize,
     /// Whether a token of the tree may be missing.
     removals: bool,
 }
 
-/// Most pages that `n` more tokens can need: at most one stretch ends among them.
-pub(crate) fn n_pages(tree: &Tree, tokens: usize, n: usize, sealing: Sealing) -> usize {
-    let inserts = pages_for_inserts(n, tree.tail.entries.len());
-    match sealing.stretch() {
-        Some(stretch) if tokens % stretch + n >= stretch => {
-            let packed = if ends_segment(tokens.next_multiple_of(stretch)) { SEGMENT_TOKENS } else { stretch };
-            inserts + packed / PAGE_TOKENS + pages_for_inserts(n, 0)
+/// What `n` more tokens need, but for what others do meanwhile: at most one stretch ends among them.
+pub(crate) fn needs(tree: &Tree, tokens: usize, n: usize, sealing: Sealing) -> Needs {
+    match sealing.stretch().map(|stretch| (stretch, stretch - tokens % stretch)) {
+        Some((stretch, left)) if n >= left => {
+            let packed = if ends_segment(tokens + left) { SEGMENT_TOKENS } else { stretch };
+            let open = pages_for_inserts(left, &tree.tail.entries) + pages_for_inserts(n - left, &[]);
+            Needs { open, packed: packed / PAGE_TOKENS }
         }
-        _ => inserts,
+        _ => Needs { open: pages_for_inserts(n, &tree.tail.entries), packed: 0 },
     }
 }
 
@@ -65,48 +86,64 @@ fn ends_segment(end: usize) -> bool {
 }
 
 impl Growing {
-    pub(crate) fn new(tree: Tree, tokens: usize, removals: bool, sealing: Sealing, spare: Lease) -> Self {
-        Self { tree, tokens, spare, counts: Counts::default(), sealing, removals }
+    /// For tree `head` of a forest of `n_heads`.
+    pub(crate) fn new(view: &View, sealing: Sealing, pages: Pages) -> Self {
+        let (trees, lag) = (view.trees(), sealing.lag(view.head(), view.trees().heads.len()));
+        let (tokens, removals) = (trees.tokens, trees.removals);
+        Self { tree: view.snapshot().clone(), tokens, pages, counts: Counts::default(), sealing, lag, removals }
+    }
+
+    /// An empty tree from position `start` that is never sealed.
+    pub(crate) fn empty(start: usize, open: Lease) -> Self {
+        let tree = Tree { tail: Tail::new(start, Vec::new(), None), ..Tree::empty() };
+        let pages = Pages { packed: Lease::empty(open.store()), open };
+        let (counts, sealing) = (Counts::default(), Sealing::Never);
+        Self { tree, tokens: start, pages, counts, sealing, lag: 0, removals: false }
     }
 
     /// Adds rows, no more than a stretch.
-    pub(crate) fn add(&mut self, mut rows: &[Row<'_>]) {
+    ///
+    /// # Errors
+    /// If the store has no room for a page that nobody could foresee.
+    pub(crate) fn add(&mut self, mut rows: &[Row<'_>]) -> Result<()> {
         while !rows.is_empty() {
             let (now, later) = rows.split_at(rows.len().min(self.until_change()));
-            self.insert(now);
+            self.insert(now)?;
             rows = later;
             if let Some(stretch) = self.sealing.stretch() {
                 match self.tokens % stretch {
                     0 => self.freeze(),
-                    behind if behind == self.sealing.lag() => self.seal(),
+                    behind if behind == self.lag => self.seal(),
                     _ => {}
                 }
             }
         }
+        Ok(())
     }
 
     /// Tokens until a stretch ends or a packed one takes its place.
     fn until_change(&self) -> usize {
         let Some(stretch) = self.sealing.stretch() else { return usize::MAX };
         let behind = self.tokens % stretch;
-        if behind < self.sealing.lag() { self.sealing.lag() - behind } else { stretch - behind }
+        if behind < self.lag { self.lag - behind } else { stretch - behind }
     }
 
-    fn insert(&mut self, rows: &[Row<'_>]) {
+    fn insert(&mut self, rows: &[Row<'_>]) -> Result<()> {
         let Tail { start, ref entries, ref means } = *self.tree.tail;
-        let empty = Lease::empty(self.spare.store());
-        let spare = mem::replace(&mut self.spare, empty);
+        let empty = Lease::empty(self.pages.open.store());
+        let spare = mem::replace(&mut self.pages.open, empty);
         let means = means.take().map(|means| *means);
         let mut inserter = Inserter::new(entries.clone(), means, (self.tokens - start) as u32, spare);
         for row in rows {
-            inserter.insert(*row);
+            inserter.insert(*row)?;
         }
         let Inserter { entries, means, splits, spare, .. } = inserter;
-        self.spare = spare;
+        self.pages.open = spare;
         self.tree.tail = Tail::new(start, entries, Some(means));
         self.tokens += rows.len();
         self.counts.inserts += rows.len() as u64;
         self.counts.splits += splits;
+        Ok(())
     }
 
     /// Ends the stretch in the tail. The packing is not begun here: should these trees lose the race to be published, it
@@ -118,7 +155,7 @@ impl Growing {
         let base = self.tree.tail_start();
         let parts = merged.iter().flat_map(|segments| segments.parts()).map(SegmentEntry::n_live).sum::<usize>();
         let n_live = parts + tail.entries.iter().map(|entry| entry.mask().count_ones() as usize).sum::<usize>();
-        let lease = self.spare.take(n_live.div_ceil(PAGE_TOKENS));
+        let lease = self.pages.packed.take(n_live.div_ceil(PAGE_TOKENS));
         let stretch = Arc::clone(&tail);
         let packing = Task::new(move || {
             let mut rows: Vec<SegmentRow<'_>> =

@@ -3,6 +3,7 @@
 
 use crate::arena::Lease;
 use crate::config::{PAGE_TOKENS, SEGMENT_TOKENS};
+use crate::error::Result;
 use crate::layout::{Dtype, Packing, PageLayout};
 use crate::math::{dots, rank_index, rank_key};
 use crate::pack::pack;
@@ -79,11 +80,29 @@ impl TailMeans {
     }
 }
 
-/// Most pages that `n` inserts can need: an insert copies a page (one) or splits it (two). An old page can be copied
-/// (somebody else continued it, or only removals made room in it), filled and then split, three in all; a new half is
-/// full again after at least 8 inserts. One more for an empty tail.
-pub(crate) fn pages_for_inserts(n: usize, n_pages: usize) -> usize {
-    (2 * n).min(3 * n_pages + 2 * (n / (PAGE_TOKENS / 2))) + 1
+/// Most pages that `n` inserts can need, and no fewer than `n` rows fill: an insert may copy the page it goes to, where
+/// that cannot be continued, and splits it into two where it is full. A page is split once it has taken what it has room for
+/// and one more; the halves have 8 tokens each. (Should a page turn out to be continued by somebody else meanwhile, the
+/// inserter takes one more.)
+pub(crate) fn pages_for_inserts(n: usize, entries: &[TailEntry]) -> usize {
+    const HALF: usize = PAGE_TOKENS / 2;
+    let copies = entries.iter().filter(|entry| entry.may_be_copied()).count().min(n);
+    let mut until_split: Vec<usize> =
+        entries.iter().map(|entry| PAGE_TOKENS - entry.mask().count_ones() as usize + 1).collect();
+    if entries.is_empty() {
+        until_split.push(PAGE_TOKENS + 1);
+    }
+    until_split.sort_unstable();
+    let (mut left, mut splits) = (n, 0);
+    for cost in until_split.into_iter().take_while(|&cost| cost <= HALF) {
+        if cost > left {
+            break;
+        }
+        left -= cost;
+        splits += 1;
+    }
+    let pages = copies + 2 * (splits + left / HALF) + usize::from(entries.is_empty());
+    pages.max(n.div_ceil(PAGE_TOKENS))
 }
 
 /// Packs rows (ascending tokens, relative to the tail) greedily into open pages: the tail of a bulk build.
@@ -134,7 +153,7 @@ pub(crate) struct Inserter {
 }
 
 impl Inserter {
-    /// Starts from the pages of a tail of `tokens` tokens; `spare` holds at least [`pages_for_inserts`] pages.
+    /// Starts from the pages of a tail of `tokens` tokens; `spare` holds [`pages_for_inserts`] pages.
     pub(crate) fn new(entries: Vec<TailEntry>, means: Option<TailMeans>, tokens: u32, spare: Lease) -> Self {
         let layout = spare.store().layout();
         let means = means.unwrap_or_else(|| TailMeans::of(&entries, layout));
@@ -143,24 +162,37 @@ impl Inserter {
     }
 
     /// Adds the next token: routes it to the page with the nearest mean, splitting or copying that page if need be.
-    pub(crate) fn insert(&mut self, row: Row<'_>) {
+    ///
+    /// # Errors
+    /// If the store has no room for a page that nobody could foresee.
+    pub(crate) fn insert(&mut self, row: Row<'_>) -> Result<()> {
         decode(self.layout.dtype, row.key, &mut self.key);
-        let mut page = self.nearest().unwrap_or_else(|| self.add_page(&[]));
+        let mut page = match self.nearest() {
+            Some(page) => page,
+            None => self.add_page(&[])?,
+        };
         if self.entries[page].mask().count_ones() as usize == PAGE_TOKENS {
-            let other = self.split(page);
+            let other = self.split(page)?;
             page = [page, other].into_iter().max_by_key(|&page| self.rank(page, self.product(page))).unwrap_or(page);
         }
         if append(&mut self.entries[page], self.tokens, row) {
             self.means.add(page, &self.entries[page], &self.key);
         } else {
             // Somebody else continued the page (a fork, a faster thread), or only removals made room in it.
-            let copy = open(self.spare.take(1), live_rows(&self.entries[page]).into_iter());
+            let copy = open(self.page()?, live_rows(&self.entries[page]).into_iter());
             self.entries[page] = copy;
             let appended = append(&mut self.entries[page], self.tokens, row);
             debug_assert!(appended, "nobody else knows the copy, and it has a free slot");
             self.refresh(page);
         }
         self.tokens += 1;
+        Ok(())
+    }
+
+    /// A fresh page.
+    fn page(&mut self) -> Result<Lease> {
+        // Copies that became necessary after the pages were counted, because others wrote to the same pages.
+        if self.spare.pages().is_empty() { self.spare.store().lease(1) } else { Ok(self.spare.take(1)) }
     }
 
     /// The page with the mean nearest to the key.
@@ -188,15 +220,15 @@ impl Inserter {
         rank_key(product * self.means.factors[page] - self.means.half_squares[page], page as u32)
     }
 
-    fn add_page(&mut self, rows: &[(u32, Row<'_>)]) -> usize {
-        let entry = open(self.spare.take(1), rows.iter().copied());
+    fn add_page(&mut self, rows: &[(u32, Row<'_>)]) -> Result<usize> {
+        let entry = open(self.page()?, rows.iter().copied());
         self.entries.push(entry);
         self.refresh(self.entries.len() - 1);
-        self.entries.len() - 1
+        Ok(self.entries.len() - 1)
     }
 
     /// Replaces a full page by two; returns the place of the second.
-    fn split(&mut self, page: usize) -> usize {
+    fn split(&mut self, page: usize) -> Result<usize> {
         let old = self.entries[page].clone();
         let rows = live_rows(&old);
         let mut keys = vec![0.0; rows.len() * self.layout.key_dim];
@@ -205,7 +237,7 @@ impl Inserter {
         }
         let [first, second] =
             split(&keys, self.layout.key_dim).map(|half| half.into_iter().map(|i| rows[i]).collect::<Vec<_>>());
-        self.entries[page] = open(self.spare.take(1), first.into_iter());
+        self.entries[page] = open(self.page()?, first.into_iter());
         self.refresh(page);
         self.splits += 1;
         self.add_page(&second)
@@ -220,4 +252,55 @@ impl Inserter {
 pub(crate) fn live_rows(entry: &TailEntry) -> Vec<(u32, Row<'_>)> {
     let slots = (0..entry.count as usize).filter(|slot| entry.dead >> slot & 1 == 0);
     slots.map(|slot| (entry.page.token(slot), entry.page.row(slot))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{Inserter, pages_for_inserts};
+    use crate::page::Row;
+    use crate::state::TailEntry;
+    use crate::sync::Arc;
+    use crate::{Dtype, PageLayout, PageStore, StoreOptions};
+
+    fn insert(store: &Arc<PageStore>, entries: Vec<TailEntry>, keys: &[u8]) -> (Vec<TailEntry>, bool) {
+        let pages = pages_for_inserts(keys.len(), &entries);
+        let lease = store.lease(pages).unwrap();
+        let (before, mut most) = (store.used_pages(), 0);
+        let mut inserter = Inserter::new(entries, None, 0, lease);
+        for key in keys {
+            inserter.insert(Row { key: &f32::from(*key).to_le_bytes(), value: &[] }).unwrap();
+            most = most.max(store.used_pages());
+        }
+        (inserter.entries, most <= before)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
+
+        #[test]
+        fn no_insert_needs_a_page_that_was_not_foreseen(
+            keys in prop::collection::vec(0..6_u8, 0..200),
+            dead in prop::collection::vec(any::<u16>(), 40),
+            others in prop::collection::vec(0..4_u8, 40),
+            more in prop::collection::vec(0..6_u8, 0..40),
+        ) {
+            let layout = PageLayout::new(Dtype::F32, 1, 0).unwrap();
+            let store = PageStore::new(layout, StoreOptions::default()).unwrap();
+            let (mut entries, foreseen) = insert(&store, Vec::new(), &keys);
+            prop_assert!(foreseen);
+            // Some pages lose tokens, and some are continued by a fork.
+            for ((entry, dead), other) in entries.iter_mut().zip(dead).zip(others) {
+                let row = Row { key: &[0; 4], value: &[] };
+                match other {
+                    0 => entry.dead = dead & entry.mask(),
+                    1 => _ = entry.page.append(entry.count as usize, 0, row),
+                    _ => {}
+                }
+            }
+            let (_old, (_new, foreseen)) = (entries.clone(), insert(&store, entries, &more));
+            prop_assert!(foreseen, "{} inserts needed more pages", more.len());
+        }
+    }
 }

@@ -58,11 +58,12 @@ fn validate_stretches(view: &View, sealing: Sealing) -> Result<()> {
     ensure(joined && n_parts * PART_TOKENS < SEGMENT_TOKENS, text)?;
     let in_tail = routed - tree.tail.start;
     let frozen = tree.tail.start - sealed;
+    let lag = sealing.lag(view.head(), view.trees().heads.len());
     ensure(
         match (sealing, sealing.stretch()) {
             (Sealing::Never, _) => frozen == 0 && n_parts == 0,
             (_, None) => frozen == 0 && n_parts == 0 && in_tail < SEGMENT_TOKENS,
-            (_, Some(stretch)) => in_tail < stretch && (frozen == 0 || (frozen == stretch && in_tail < sealing.lag())),
+            (_, Some(stretch)) => in_tail < stretch && (frozen == 0 || (frozen == stretch && in_tail < lag)),
         },
         text,
     )?;
