@@ -77,7 +77,8 @@ fn add(index: &VectorIndex, pool: &ThreadPool, rows: &[f32]) {
 }
 
 fn build(data: &Data, pool: &ThreadPool) -> VectorIndex {
-    let config = VectorConfig { dim: data.dim, metric: data.metric, dtype: Dtype::F32, center: true, seed: 0 };
+    let config =
+        VectorConfig { dim: data.dim, metric: data.metric, dtype: Dtype::F32, center: true, seed: 0, codes: true };
     let index = VectorIndex::new(config).unwrap();
     add(&index, pool, &data.base);
     index

@@ -367,19 +367,11 @@ def paper_search(
     """
 
 class VectorIndex:
-    """Vectors with ids, searched by inner product, squared L2 or cosine; `icecache.Index` is the friendly side of it.
+    """Vectors with ids; `icecache.Index`, the friendly side of it, has the parameters."""
 
-    Parameters
-    ----------
-    dim : int
-        1..=65536.
-    metric : {"ip", "l2", "cosine"}
-    dtype : {"float32", "float16", "bfloat16", "int8"}
-    center : bool, default=True
-    seed : int, default=0
-    """
-
-    def __init__(self, dim: int, metric: str, dtype: str, center: bool = True, seed: int | None = None) -> None: ...
+    def __init__(
+        self, dim: int, metric: str, dtype: str, center: bool = True, seed: int | None = None, codes: bool = True
+    ) -> None: ...
     @property
     def dim(self) -> int:
         """Length of a vector."""
@@ -389,6 +381,9 @@ class VectorIndex:
     @property
     def dtype(self) -> str:
         """How vectors are stored."""
+    @property
+    def codes(self) -> bool:
+        """Whether 4-bit codes of the vectors are kept where they pay."""
     def __len__(self) -> int: ...
     @property
     def read_only(self) -> bool:

@@ -77,6 +77,7 @@ pub(crate) fn operations(data: &[u8]) {
         center: bytes.byte().is_multiple_of(2),
         dim: 1 + bytes.byte() % 12,
         seed: bytes.byte() as u64,
+        codes: true,
     };
     let mut run = Run { index: VectorIndex::new(config).unwrap(), model: BTreeMap::new(), snapshot: None, config };
     for _ in 0..24 {
@@ -261,7 +262,14 @@ fn files() -> &'static [Vec<u8>] {
     static FILES: OnceLock<Vec<Vec<u8>>> = OnceLock::new();
     FILES.get_or_init(|| {
         let make = |(at, metric): (usize, &Metric)| {
-            let config = VectorConfig { dim: 5, metric: *metric, dtype: DTYPES[(at + 1) % 4], center: true, seed: 1 };
+            let config = VectorConfig {
+                dim: 5,
+                metric: *metric,
+                dtype: DTYPES[(at + 1) % 4],
+                center: true,
+                seed: 1,
+                codes: true,
+            };
             let index = VectorIndex::new(config).unwrap();
             let rows = rows(at, 1100, 5);
             let addition = Addition { vectors: rows.as_slice().into(), ids: None, on_conflict: OnConflict::Error };

@@ -16,7 +16,7 @@ pub(crate) fn pool(threads: usize) -> ThreadPool {
 }
 
 fn index(metric: Metric) -> VectorIndex {
-    VectorIndex::new(VectorConfig { dim: DIM, metric, dtype: Dtype::F32, center: true, seed: 0 }).unwrap()
+    VectorIndex::new(VectorConfig { dim: DIM, metric, dtype: Dtype::F32, center: true, seed: 0, codes: true }).unwrap()
 }
 
 pub(crate) fn add(

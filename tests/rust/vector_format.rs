@@ -15,7 +15,8 @@ type Sections = Vec<([u8; 4], Vec<u8>)>;
 
 /// 1500 vectors, one sealed segment and a tail, some removed.
 fn file() -> Vec<u8> {
-    let config = VectorConfig { dim: 12, metric: Metric::Cosine, dtype: Dtype::F16, center: true, seed: 7 };
+    let config =
+        VectorConfig { dim: 12, metric: Metric::Cosine, dtype: Dtype::F16, center: true, seed: 7, codes: true };
     let index = VectorIndex::new(config).unwrap();
     let ids: Vec<i64> = (0..1500).map(|i| i * 3 + 5).collect();
     let rows: Vec<f32> = (0..1500 * 12).map(|i| (i as f32 * 0.7).sin()).collect();
@@ -293,7 +294,8 @@ fn hostile_offsets_are_refused() {
 fn rows_that_grew_longer_by_centring_and_rounding_are_loaded_again() {
     for dtype in [Dtype::F32, Dtype::Bf16] {
         for metric in [Metric::InnerProduct, Metric::SquaredL2] {
-            let index = VectorIndex::new(VectorConfig { dim: 1, metric, dtype, center: true, seed: 0 }).unwrap();
+            let index =
+                VectorIndex::new(VectorConfig { dim: 1, metric, dtype, center: true, seed: 0, codes: true }).unwrap();
             // The mean is near one end: rows at the other end become almost twice as long as a vector may be.
             let rows: Vec<f32> = (0..1100).map(|i| if i % 20 == 0 { 1e18 } else { -1e18 }).collect();
             add(&index, &pool(1), None, &rows, OnConflict::Error).unwrap();

@@ -46,7 +46,7 @@ fn data(metric: Metric) -> (Vec<f32>, Vec<f32>) {
 }
 
 fn build(metric: Metric, dtype: Dtype, rows: &[f32], pool: &ThreadPool) -> VectorIndex {
-    let index = VectorIndex::new(VectorConfig { dim: DIM, metric, dtype, center: true, seed: 0 }).unwrap();
+    let index = VectorIndex::new(VectorConfig { dim: DIM, metric, dtype, center: true, seed: 0, codes: true }).unwrap();
     add(&index, rows, pool);
     index
 }

@@ -41,6 +41,11 @@ class Reading:
         return self._core.dtype
 
     @property
+    def codes(self) -> bool:
+        """Whether 4-bit codes of the vectors are kept where they pay."""
+        return self._core.codes
+
+    @property
     def page_tokens(self) -> int:
         """Vectors of a full page."""
         return 16

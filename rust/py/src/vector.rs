@@ -50,6 +50,7 @@ const QUERY_BLOCK: usize = 1024;
 /// dtype : {"float32", "float16", "bfloat16", "int8"}
 /// center : bool, default=True
 /// seed : int, default=0
+/// codes : bool, default=True
 #[pyclass(frozen, module = "icecache._core")]
 pub(crate) struct VectorIndex {
     inner: core::VectorIndex,
@@ -58,7 +59,7 @@ pub(crate) struct VectorIndex {
 #[pymethods]
 impl VectorIndex {
     #[new]
-    #[pyo3(signature = (dim, metric, dtype, center=true, seed=None))]
+    #[pyo3(signature = (dim, metric, dtype, center=true, seed=None, codes=true))]
     fn new(
         py: Python<'_>,
         dim: &Bound<'_, PyAny>,
@@ -66,12 +67,13 @@ impl VectorIndex {
         dtype: &str,
         center: bool,
         seed: Option<&Bound<'_, PyAny>>,
+        codes: bool,
     ) -> PyResult<Self> {
         let dim = count(dim, "dim")?;
         let seed = optional_count(seed, "seed")?.unwrap_or(0) as u64;
         let make = || {
             let (metric, dtype) = (Metric::from_name(metric)?, VectorConfig::dtype_from_name(dtype)?);
-            core::VectorIndex::new(VectorConfig { dim, metric, dtype, center, seed })
+            core::VectorIndex::new(VectorConfig { dim, metric, dtype, center, seed, codes })
         };
         make().map(|inner| Self { inner }).map_err(|error| error.into_py(py))
     }
@@ -92,6 +94,12 @@ impl VectorIndex {
     #[getter]
     fn dtype(&self) -> &'static str {
         self.inner.config().dtype.name()
+    }
+
+    /// Whether 4-bit codes of the vectors are kept where they pay.
+    #[getter]
+    fn codes(&self) -> bool {
+        self.inner.config().codes
     }
 
     fn __len__(&self) -> usize {

@@ -407,3 +407,51 @@ except KeyboardInterrupt:
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, timeout=120, capture_output=True, text=True)
     assert done.stdout == "interrupted\n"
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("start", [0, 10**12])
+def test_an_index_needs_48_bytes_a_vector_beside_the_vectors(metric, start):
+    """Of 128 dimensions, with ids that follow each other from anywhere; codes cost 16 of them."""
+    data = np.random.default_rng(0).standard_normal((32_768, 128), dtype=np.float32)
+    ids = np.arange(start, start + len(data))
+    np.random.default_rng(1).shuffle(ids)
+    index = Index.build(data, ids, metric=metric)
+    assert index.stats()["index_bytes"] <= 48 * len(data)
+    assert index.contains(ids).all()
+    lean = Index.build(data, ids, metric=metric, codes=False)
+    assert lean.stats()["index_bytes"] <= (48 - 16) * len(data)
+
+
+def test_an_index_without_codes_stays_without(tmp_path):
+    data = vectors(6000, dim=64)
+    index = Index.build(data, metric="l2", codes=False)
+    truth = brute_force(data[:50], data, 10, "l2")
+    index.save(tmp_path / "lean.ice")
+    for lean in (index, index.copy(), Index.load(tmp_path / "lean.ice"), Index.from_bytes(index.to_bytes())):
+        assert not lean.codes
+        lean.add(data[:3000] + 1)
+        lean.remove(np.arange(6000, 9000))
+        assert lean.search(data[:50], 10).recall(truth) >= 0.95
+        assert lean.stats()["index_bytes"] < Index.build(data, metric="l2").stats()["index_bytes"]
+    assert Index(64).codes
+
+
+@pytest.mark.parametrize(
+    "ids", [np.arange(3000) * 5, np.arange(3000) * 2**50, 2**63 - 1 - np.arange(3000), 7 + np.arange(3000)]
+)
+def test_ids_may_be_anything_and_come_back(ids):
+    """Dense and sparse ones, replaced ones, small ones after large ones."""
+    data = vectors(3000, dim=8)
+    index = Index.build(data, ids, metric="l2")
+    for _ in range(3):
+        index.add(data[:700], ids[:700], on_conflict="replace")
+    index.remove(ids[::3])
+    small = np.setdiff1d(np.arange(20), ids)[:3]
+    index.add(data[:3], small)
+    index.validate()
+    np.testing.assert_array_equal(index.contains(ids), np.arange(3000) % 3 != 0)
+    kept = ids[1::3]
+    np.testing.assert_allclose(index.get(kept), data[1::3], atol=1e-5)
+    assert index.contains(small).all()
+    assert index.search(data[4::3][:50], 1).ids[:, 0].tolist() == kept[1:51].tolist()

@@ -14,6 +14,7 @@ mod avx512;
 pub(crate) mod bytes;
 pub(crate) mod code4;
 pub(crate) mod double;
+pub(crate) mod encode;
 pub(crate) mod gather;
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod int8;

@@ -1,6 +1,8 @@
 //! Rows on their way into the tree: as stored, before rounding.
 #![forbid(unsafe_code)]
 
+use std::borrow::Cow;
+
 use half::{bf16, f16};
 
 use super::error::{Result, VectorError};
@@ -20,6 +22,13 @@ pub(super) struct Batch {
     pub(super) rows: Vec<f32>,
     /// Norms as given, cosine only.
     pub(super) norms: Vec<f32>,
+}
+
+/// Some rows of a batch, in some order.
+pub(super) struct Piece<'a> {
+    pub(super) ids: Cow<'a, [i64]>,
+    pub(super) rows: Cow<'a, [f32]>,
+    pub(super) norms: Cow<'a, [f32]>,
 }
 
 impl Batch {
@@ -50,7 +59,7 @@ impl Batch {
                 continue;
             }
             let (block, at) = state.entry(position);
-            batch.ids.push(block.ids[at]);
+            batch.ids.push(block.ids.get(at));
             if config.metric == Metric::Cosine {
                 batch.norms.push(block.extra[at]);
             }
@@ -71,12 +80,22 @@ impl Batch {
         self.norms.extend(other.norms);
     }
 
+    /// All rows.
+    pub(super) fn all(&self) -> Piece<'_> {
+        Piece { ids: Cow::Borrowed(&self.ids), rows: Cow::Borrowed(&self.rows), norms: Cow::Borrowed(&self.norms) }
+    }
+
     /// Some rows, in that order.
-    pub(super) fn pick(&self, order: &[usize], dim: usize) -> Self {
-        Self {
+    pub(super) fn pick(&self, order: &[usize], dim: usize) -> Piece<'_> {
+        let mut rows = Vec::with_capacity(order.len() * dim);
+        for &row in order {
+            rows.extend_from_slice(&self.rows[row * dim..][..dim]);
+        }
+        let norms = if self.norms.is_empty() { &[] } else { order };
+        Piece {
             ids: order.iter().map(|&row| self.ids[row]).collect(),
-            rows: order.iter().flat_map(|&row| &self.rows[row * dim..][..dim]).copied().collect(),
-            norms: if self.norms.is_empty() { Vec::new() } else { order.iter().map(|&row| self.norms[row]).collect() },
+            rows: rows.into(),
+            norms: norms.iter().map(|&row| self.norms[row]).collect(),
         }
     }
 
@@ -97,11 +116,7 @@ impl Batch {
                 *value = (f64::from(*value) - f64::from(center)) as f32;
             }
         }
-        let fits = |row: &[f32]| {
-            let stored = to_stored(config, row);
-            is_finite(config.dtype, &stored, stored.len())
-        };
-        if !rows.chunks_exact(dim).all(fits) {
+        if !rows.chunks_exact(dim).all(|row| fits(config, row)) {
             return vec![0.0; dim];
         }
         self.rows = rows;
@@ -111,8 +126,7 @@ impl Batch {
     /// Refuse a row that becomes infinite in the stored type, by its number in the call.
     pub(super) fn check_storable(&self, config: VectorConfig, chosen: &[usize]) -> Result<()> {
         for (values, &row) in self.rows.chunks_exact(config.dim).zip(chosen) {
-            let stored = to_stored(config, values);
-            if !is_finite(config.dtype, &stored, stored.len()) {
+            if !fits(config, values) {
                 let problem = "has a value too large for the dtype";
                 return Err(VectorError::Row { argument: "vectors", row, problem });
             }
@@ -121,9 +135,21 @@ impl Batch {
     }
 }
 
+/// Whether a row stays finite when it is rounded to the stored type.
+fn fits(config: VectorConfig, row: &[f32]) -> bool {
+    if config.dtype == Dtype::F32 {
+        // The largest magnitude: a search for the first bad value does not vectorise.
+        let magnitudes = row.iter().map(|value| (value.to_bits() & 0x7fff_ffff).cast_signed());
+        return magnitudes.fold(0, i32::max) < f32::INFINITY.to_bits().cast_signed();
+    }
+    let stored = to_stored(config, row);
+    is_finite(config.dtype, &stored, stored.len())
+}
+
 /// Rounds to the stored type, to nearest.
 pub(super) fn to_stored(config: VectorConfig, rows: &[f32]) -> Vec<u8> {
     match config.dtype {
+        Dtype::F32 if cfg!(target_endian = "little") => bytemuck::cast_slice(rows).to_vec(),
         Dtype::F32 => rows.iter().flat_map(|value| value.to_le_bytes()).collect(),
         Dtype::F16 => rows.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
         Dtype::Bf16 => rows.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),

@@ -14,6 +14,7 @@
 use super::axes::{Axes, principal_axes, products, products_into};
 use super::metric::dot;
 use crate::simd::code4::{GROUP_SUBSPACES, WORDS};
+use crate::simd::encode::encode;
 use crate::simd::lookup::{Scale, Words, fill};
 
 /// Rounds of k-means; later ones change the error by less than 1 %.
@@ -137,11 +138,7 @@ impl Book {
         let turned = products(&self.axes, offsets, self.dim);
         let mut codes = Vec::with_capacity(offsets.len() / self.dim * self.n_subspaces());
         for row in turned.chunks_exact(self.n_axes()) {
-            let (mut words, mut row) = (self.words.as_slice(), row);
-            for &width in &self.widths {
-                codes.push(nearest(&row[..width], &words[..width * WORDS]) as u8);
-                (words, row) = (&words[width * WORDS..], &row[width..]);
-            }
+            encode(Words { widths: &self.widths, words: &self.words }, row, &mut codes);
         }
         codes
     }

@@ -62,7 +62,12 @@ impl SegmentContent<'_> {
 /// Reads and checks all sections but `KEYS`, of which only the length is looked at.
 pub(super) fn read<'a>(sections: &Sections<'a>) -> Result<Content<'a>> {
     let meta = sections.bytes(*b"META", 1, META_BYTES)?;
-    let config = config(meta)?;
+    let codes = match sections.optional(*b"OPTN") {
+        None => true,
+        Some([0]) => false,
+        Some(_) => return Err(VectorError::format("section OPTN holds an unknown option")),
+    };
+    let config = VectorConfig { codes, ..config(meta)? };
     let count = |at| usize::try_from(u64_at(meta, at)).map_err(|_| VectorError::format("too many rows"));
     let (n_rows, compactions, n_segments) = (count(16)?, count(32)?, count(40)?);
     let next_id = u64_at(meta, 24);
@@ -142,8 +147,14 @@ fn config(meta: &[u8]) -> Result<VectorConfig> {
     let (Some(metric), Some(dtype), true) = (metric, dtype, meta[6] <= 1 && meta[7] <= 1) else {
         return Err(VectorError::format("section META names an unknown metric, dtype or flag"));
     };
-    let config =
-        VectorConfig { dim: u32_at(meta, 0) as usize, metric, dtype, center: meta[6] == 1, seed: u64_at(meta, 8) };
+    let config = VectorConfig {
+        dim: u32_at(meta, 0) as usize,
+        metric,
+        dtype,
+        center: meta[6] == 1,
+        seed: u64_at(meta, 8),
+        codes: true,
+    };
     config.check().map_err(|error| VectorError::format(error.to_string()))?;
     Ok(config)
 }

@@ -133,7 +133,7 @@ mod tests {
     fn more_recall_never_asks_for_fewer_pages() {
         let beams: Vec<_> = (1..970).map(|share| curve().beam(f64::from(share) / 1000.0).unwrap()).collect();
         assert!(beams.is_sorted() && beams[0] == 2 && beams[968] == 32, "{beams:?}");
-        assert_eq!((curve().beam(0.74 - 1e-6), curve().beam(0.89)), (Some(4), Some(8)));
+        assert_eq!((curve().beam(0.7399), curve().beam(0.8899), curve().beam(0.8901)), (Some(4), Some(8), Some(18)));
         assert_eq!(curve().beam(0.975), None);
     }
 

@@ -48,7 +48,9 @@ impl VectorIndex {
         let entries = pool.install(|| content.segments.par_iter().zip(leases).map(restore).collect());
         let ((config, mut state), forest) = finish(pool, content, entries, forest.store())?;
         // A mapped index has none: they are made from all rows, and it should not read them.
-        state.codes = pool.install(|| codes::renew(None, &state.view, config.metric));
+        if config.codes {
+            state.codes = pool.install(|| codes::renew(None, &state.view, config.metric));
+        }
         Ok(Self::from_parts(config, Some(forest), state))
     }
 
@@ -161,7 +163,9 @@ fn finish(
     let n_live = content.n_live();
     let blocks = content.ids.chunks(SEGMENT_TOKENS).enumerate().map(|(j, ids)| {
         let extra = content.extra.chunks(SEGMENT_TOKENS).nth(j).unwrap_or_default().to_vec();
-        Arc::new(Block { ids: ids.to_vec(), extra })
+        let mut block = Block { extra, ..Block::default() };
+        block.ids.extend(ids);
+        Arc::new(block)
     });
     let mut state = State {
         blocks: blocks.collect(),

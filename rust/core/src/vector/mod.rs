@@ -44,6 +44,7 @@ mod quantised;
 mod range;
 mod read;
 mod refine;
+mod row_ids;
 mod save;
 mod search;
 mod state;

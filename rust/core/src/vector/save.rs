@@ -7,6 +7,7 @@
 //! | `IDS_` | row | id i64, in the order of positions, removed rows too |
 //! | `XTRA` | row | f32: half of the stored row's square (l2), norm as given (cosine); absent for ip |
 //! | `CALI` | file | queries u64, dim f32 each; curves u64, each as in `curve.rs`; absent where nothing was measured or given (2.1) |
+//! | `OPTN` | file | u8 0: no codes; absent where rows may be scored by codes (2.1) |
 //! | `SEGS` | segment | number of pages u8 |
 //! | `PAGE` | sealed page | count u8, zero u8, live mask u16, scale, spread, radius, squared norm of the mean f32 |
 //! | `LOCL` | sealed page | 16 positions in the segment u16, then zeros |
@@ -96,7 +97,7 @@ fn sections(config: VectorConfig, state: &State) -> Vec<(Tag, Produce<'_>)> {
     let masks = segments.iter().flat_map(|entry| {
         (0..entry.segment.n_pages()).flat_map(|page| page_entry(&entry.segment, page, entry.mask(page)))
     });
-    let ids = state.blocks.iter().flat_map(|block| &block.ids).flat_map(|id| id.to_le_bytes());
+    let ids = state.blocks.iter().flat_map(|block| block.ids.iter()).flat_map(i64::to_le_bytes);
     let mut all = vec![
         (*b"META", whole(meta(config, state))),
         (*b"MEAN", whole(state.mean.iter().flat_map(|value| value.to_le_bytes()).collect())),
@@ -115,6 +116,9 @@ fn sections(config: VectorConfig, state: &State) -> Vec<(Tag, Produce<'_>)> {
     }
     if let Some(bytes) = calibration(state) {
         all.push((*b"CALI", whole(bytes)));
+    }
+    if !config.codes {
+        all.push((*b"OPTN", whole(vec![0])));
     }
     all.push((*b"KEYS", Box::new(move |sink| keys(state, sink))));
     all

@@ -337,7 +337,7 @@ impl<'a> Search<'a> {
                 *score -= block.extra[at];
             }
             if *score >= self.best.floor && live >> slot & 1 == 1 {
-                self.best.push(Candidate { score: *score, id: block.ids[at], page: ordinal, slot: slot as u32 });
+                self.best.push(Candidate { score: *score, id: block.ids.get(at), page: ordinal, slot: slot as u32 });
             }
         }
         (scores, count)

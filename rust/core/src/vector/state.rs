@@ -7,6 +7,7 @@ use super::calibrate::Calibration;
 use super::codes::Codes;
 use super::ids::IdTable;
 use super::metric::Metric;
+use super::row_ids::RowIds;
 use crate::arena::PageStore;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
 use crate::layout::PageLayout;
@@ -17,7 +18,7 @@ use crate::snapshot::{PageView, View};
 /// Ids and per-row numbers of the positions `1024 j .. 1024 (j + 1)`, beside the tree.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Block {
-    pub(super) ids: Vec<i64>,
+    pub(super) ids: RowIds,
     /// Cosine: norm of the vector as it was given. L2: half of the stored row's square. Inner product: empty.
     pub(super) extra: Vec<f32>,
 }
@@ -88,7 +89,7 @@ impl State {
     /// Id of a position.
     pub(super) fn id(&self, position: usize) -> i64 {
         let (block, at) = self.entry(position);
-        block.ids[at]
+        block.ids.get(at)
     }
 
     /// Norm of the vector at a position as it was given; 1 where rows keep theirs.
@@ -128,6 +129,6 @@ impl State {
 
     /// Bytes of ids and per-row numbers.
     pub(super) fn block_bytes(&self) -> usize {
-        self.blocks.iter().map(|block| 8 * block.ids.len() + 4 * block.extra.len() + size_of::<Block>()).sum()
+        self.blocks.iter().map(|block| block.ids.heap_bytes() + 4 * block.extra.len() + size_of::<Block>()).sum()
     }
 }

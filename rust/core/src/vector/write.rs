@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use rayon::ThreadPool;
 
-use super::batch::{Batch, to_stored};
+use super::batch::{Batch, Piece, to_stored};
 use super::codes;
 use super::error::{Result, VectorError};
 use super::ids::IdTable;
@@ -60,7 +60,10 @@ impl VectorIndex {
             Some(ids) => ids.to_vec(),
             None => next_ids(state.next_id, n)?,
         };
-        let (chosen, replaced) = resolve(&state, &ids, addition.on_conflict)?;
+        // Ids that ascend from a new one on cannot be taken, which is what most calls bring.
+        let fresh = ids.first().is_none_or(|&first| first as u64 >= state.next_id) && ids.is_sorted_by(|a, b| a < b);
+        let (chosen, replaced) =
+            if fresh { ((0..n).collect(), Vec::new()) } else { resolve(&state, &ids, addition.on_conflict)? };
         let mut batch = Batch::encode(config, &state.mean, &ids, vectors, &chosen);
         batch.check_storable(config, &chosen)?;
         let mut progress = Progress::new(report, chosen.len());
@@ -229,7 +232,8 @@ pub(super) fn append_ordered(
         // Pieces end where segments end, so that the tree is the same for any cut.
         let room = CHUNK_SEGMENTS * SEGMENT_TOKENS - forest.len() % SEGMENT_TOKENS;
         let size = room.min(order.len() - done);
-        let piece = batch.pick(&order[done..done + size], config.dim);
+        let some = &order[done..done + size];
+        let piece = if size == batch.len() && some.is_sorted() { batch.all() } else { batch.pick(some, config.dim) };
         let keys = to_stored(config, &piece.rows);
         extend(pool, &[ExtendRow { forest, keys: &keys, values: &[] }])?;
         extend_blocks(config, &mut state.blocks, &piece, &keys);
@@ -237,53 +241,61 @@ pub(super) fn append_ordered(
         progress.step(done)?;
     }
     state.view = forest.heads()[0].view();
-    if !Arc::ptr_eq(&before, &state.view.snapshot().segments) {
+    if config.codes && !Arc::ptr_eq(&before, &state.view.snapshot().segments) {
         state.codes = pool.install(|| codes::renew(state.codes.as_ref(), &state.view, config.metric));
     }
     state.n_live += order.len();
     Ok(())
 }
 
-fn extend_blocks(config: VectorConfig, blocks: &mut Vec<Arc<Block>>, batch: &Batch, keys: &[u8]) {
+fn extend_blocks(config: VectorConfig, blocks: &mut Vec<Arc<Block>>, piece: &Piece<'_>, keys: &[u8]) {
     let mut row = vec![0.0; config.dim];
-    let stored = keys.chunks_exact(config.dtype.row_bytes(config.dim));
-    for (at, (&id, key)) in batch.ids.iter().zip(stored).enumerate() {
+    let mut stored = keys.chunks_exact(config.dtype.row_bytes(config.dim));
+    let mut done = 0;
+    while done < piece.ids.len() {
         if blocks.last().is_none_or(|block| block.ids.len() == SEGMENT_TOKENS) {
             blocks.push(Arc::default());
         }
         // Readers of older states keep their own copy of the last block.
-        let Some(block) = blocks.last_mut().map(Arc::make_mut) else { continue };
-        block.ids.push(id);
+        let Some(block) = blocks.last_mut().map(Arc::make_mut) else { return };
+        let end = piece.ids.len().min(done + SEGMENT_TOKENS - block.ids.len());
+        block.ids.extend(&piece.ids[done..end]);
         match config.metric {
             Metric::InnerProduct => {}
-            Metric::Cosine => block.extra.push(batch.norms[at]),
-            Metric::SquaredL2 => {
+            Metric::Cosine => block.extra.extend_from_slice(&piece.norms[done..end]),
+            Metric::SquaredL2 => block.extra.extend(stored.by_ref().take(end - done).map(|key| {
                 crate::rows::decode(config.dtype, key, &mut row);
-                block.extra.push((0.5 * dot(&row, &row)) as f32);
-            }
+                (0.5 * dot(&row, &row)) as f32
+            })),
         }
+        done = end;
     }
 }
 
 impl State {
-    /// Enters the ids of the rows from `first` on, into a new table if the old one has no room.
+    /// Enters the ids of the rows from `first` on, into a new table of all live rows if the old one has no room. What the
+    /// old one took until then does no harm: it names the same rows.
     pub(super) fn enter_ids(&mut self, first: usize) {
-        let last = self.n_rows();
-        if self.ids.has_room(last - first) {
-            (first..last).for_each(|position| self.ids.insert(self.id(position), position as u32));
+        let known = (first..self.n_rows()).all(|position| self.ids.insert(self.id(position), position as u32));
+        if known {
             return;
         }
-        let table = IdTable::with_room(self.n_live + self.n_live / 2);
-        let mut live: Vec<usize> = self
-            .view
-            .pages()
-            .flat_map(|page| page.slots().map(|slot| page.position(slot)).collect::<Vec<_>>())
-            .collect();
-        live.sort_unstable();
-        for position in live {
-            table.insert(self.id(position), position as u32);
+        let mut live: Vec<(i64, u32)> = Vec::with_capacity(self.n_live);
+        for page in self.view.pages() {
+            live.extend(page.slots().map(|slot| page.position(slot)).map(|at| (self.id(at), at as u32)));
         }
-        self.ids = Arc::new(table);
+        let least = live.iter().map(|(id, _)| *id).min().unwrap_or(0);
+        let end = live.iter().map(|(id, _)| *id).max().map_or(least, |most| most.saturating_add(1));
+        let mut room = live.len();
+        loop {
+            let table = IdTable::with_room(room, least..end);
+            if live.iter().all(|&(id, position)| table.insert(id, position)) {
+                self.ids = Arc::new(table);
+                return;
+            }
+            // Ids that crowd in one place of a hash table: next to never.
+            room *= 2;
+        }
     }
 }
 
