@@ -15,7 +15,8 @@ from icecache import _core
 from icecache.config import PAGE_TOKENS
 from icecache.errors import UnsupportedModelError
 from icecache.eval.heads import HeadStep, Measured, measure
-from icecache.hf.cache import Call, RetrievalLayer
+from icecache.hf.cache import RetrievalLayer
+from icecache.hf.call import Call
 from icecache.runtime import IceRuntime
 from icecache.stats import TraceEvent
 

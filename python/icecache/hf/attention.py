@@ -18,7 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from icecache.errors import UnsupportedModelError
-from icecache.hf.cache import Call, RetrievalLayer
+from icecache.hf.cache import RetrievalLayer
+from icecache.hf.call import Call
 from icecache.hf.static import StandIn
 from icecache.hf.step import current_step
 

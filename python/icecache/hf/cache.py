@@ -8,58 +8,18 @@ good. Invariant: exactly one of `_dense` and `_pages` is set once the first step
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from icecache.attention import DeviceStep, decode_attention, stream_attention
 from icecache.errors import BadTensorError, CacheStateError, UnsupportedModelError
-from icecache.hf.group import page_in, reserve
+from icecache.hf.call import Call, Pair
+from icecache.hf.group import page_in, send
 from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
 from icecache.hf.static import with_sinks
 from icecache.hf.step import Engine, Sequence, current_step
-from icecache.pages import LayerPages, WholeKV, send_chunk
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-LONG_CHUNK_TOKENS = 512
-"""Chunks from here on leave the device layer by layer; shorter ones wait in the window for the end of the step."""
-
-
-class DenseAttention(Protocol):
-    """The model's own attention on the keys and values at hand."""
-
-    def __call__(self) -> torch.Tensor:
-        """Attention output (B, Q, n_q_heads, Dv)."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of the attention function for one of our layers.
-
-    Parameters
-    ----------
-    query : torch.Tensor
-        (B, n_q_heads, Q, D), post-RoPE.
-    keys, values : torch.Tensor
-        (B, n_kv_heads, C, D): the very tensors that `update` returned.
-    mask : torch.Tensor or None
-        None or 2D in a paged step, the model's own kind otherwise.
-    shared : bool
-        Another layer's keys are attended (cross-layer KV sharing): nothing may be committed.
-    """
-
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    mask: torch.Tensor | None
-    scaling: float
-    softcap: float | None
-    sinks: torch.Tensor | None
-    dense: DenseAttention
-    shared: bool
+from icecache.pages import LayerPages, WholeKV
 
 
 class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -334,29 +294,12 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         if self._sent:
             msg = f"layer {self.layer_idx}: another layer shares its keys all of a sudden"
             raise UnsupportedModelError(msg)
-        if not call.shared and self._may_send(call):
-            out = self._attend_chunk(self._pages, call, mask)
-            self._send(call, mask.valid)
-            return out
+        out = self._attend_chunk(self._pages, call, mask)
         if not call.shared:
-            self._deferred = (call.keys, call.values), mask.valid  # committed at the end: a sharing layer comes later
-        return self._attend_chunk(self._pages, call, mask)
-
-    def _may_send(self, call: Call) -> bool:
-        """Whether the tokens of a later chunk can leave the device before the next layers are computed."""
-        pages, alone = self.pages, len(self.members) == 1 and not self.may_be_shared
-        if pages is None or not pages.forests or not alone or call.keys.shape[2] < LONG_CHUNK_TOKENS:
-            return False
-        return self.engine.services.offload_from(call.keys.device) is not None
-
-    def _send(self, call: Call, valid: torch.Tensor | None) -> None:
-        services = self.engine.services
-        offload = services.offload_from(call.keys.device)
-        assert self.pages is not None
-        assert offload is not None
-        reserve(self, call.keys, call.values)
-        send_chunk(self.pages, call.keys, call.values, valid, offload, services.recorder)
-        self._sent = True
+            self._sent = send(self, call.keys, call.values, mask.valid)
+            if not self._sent:
+                self._deferred = (call.keys, call.values), mask.valid  # until the end: a sharing layer comes later
+        return out
 
     def _attend_chunk(self, kept: LayerPages | WholeKV, call: Call, mask: ChunkMask) -> torch.Tensor:
         """Attend exactly with a later chunk, which `kept` does not hold yet."""

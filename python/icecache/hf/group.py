@@ -8,13 +8,15 @@ import torch
 
 from icecache.config import PAGE_TOKENS
 from icecache.errors import UnsupportedModelError
-from icecache.pages import build
+from icecache.pages import build, send_chunk
 from icecache.pages.shelf import Pair, row_dim
 
 if TYPE_CHECKING:
     from icecache.hf.cache import RetrievalLayer
 
 
+LONG_CHUNK_TOKENS = 512
+"""Chunks from here on leave the device layer by layer; shorter ones wait in the window for the end of the step."""
 _AHEAD_PAGES = 32
 """Of a tree, for what is decoded: an insert of 16 tokens leases 26, most of which it gives back."""
 
@@ -61,6 +63,25 @@ def page_in(layer: RetrievalLayer, valid: torch.Tensor | None) -> None:
     )
     for x, pages in zip(group, built, strict=True):
         x.take_pages(pages)
+
+
+def send(layer: RetrievalLayer, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> bool:
+    """Let a later chunk leave the device now, while the next layers are computed; its layer has attended.
+
+    Returns
+    -------
+    bool
+        False, and nothing was done, if the chunk is short, stays, or other layers still need it.
+    """
+    pages, services = layer.pages, layer.engine.services
+    offload = services.offload_from(keys.device)
+    if pages is None or not pages.forests or offload is None or keys.shape[2] < LONG_CHUNK_TOKENS:
+        return False
+    if len(layer.members) > 1 or layer.may_be_shared:
+        return False
+    reserve(layer, keys, values)
+    send_chunk(pages, keys, values, valid, offload, services.recorder)
+    return True
 
 
 def reserve(layer: RetrievalLayer, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -15,7 +15,8 @@ from icecache.errors import CacheStateError, UnsupportedModelError
 from icecache.hf.step import Step, current_step
 
 if TYPE_CHECKING:
-    from icecache.hf.cache import Call, RetrievalLayer
+    from icecache.hf.cache import RetrievalLayer
+    from icecache.hf.call import Call
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,8 @@ import torch
 from icecache.attention import Notes, masked_attention, read_prompt, whole_attention
 from icecache.attention.mass import add_mass
 from icecache.config import PAGE_TOKENS
-from icecache.hf.cache import Call, RetrievalLayer
+from icecache.hf.cache import RetrievalLayer
+from icecache.hf.call import Call
 from icecache.hf.masks import ChunkMask, prompt_padding
 from icecache.hf.step import Engine, Sequence
 from icecache.pages import LayerPages, WholeKV

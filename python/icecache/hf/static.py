@@ -18,7 +18,7 @@ from icecache.attention import StaticKV, StaticShape
 from icecache.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from icecache.hf.cache import Call, Pair
+    from icecache.hf.call import Call, Pair
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from icecache import IceRuntime, PoolExhaustedError
 from icecache.errors import BadTensorError
-from icecache.hf import cache as hf_cache
+from icecache.hf import group
 from icecache.pages import chunk
 from icecache.select import Services
 from tiny import build, left_padded, prompt
@@ -36,8 +36,8 @@ def sent(monkeypatch):
         restored(*arguments)
 
     monkeypatch.setattr(Services, "offload_from", lambda services, _device: services.offload)
-    monkeypatch.setattr(hf_cache, "LONG_CHUNK_TOKENS", 64)
-    monkeypatch.setattr(hf_cache, "send_chunk", send)
+    monkeypatch.setattr(group, "LONG_CHUNK_TOKENS", 64)
+    monkeypatch.setattr(group, "send_chunk", send)
     monkeypatch.setattr(chunk.Before, "restore", restore)
     return calls
 
