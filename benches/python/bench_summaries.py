@@ -27,7 +27,7 @@ from icecache.kernels.page_refine import page_refine_ref
 from icecache.kernels.page_scan import REACH, page_scan_ref
 from icecache.pages import as_bytes
 from icecache.select import Request, TreeSearch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 MEAN_REACH = 0.25
 
@@ -119,9 +119,12 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, nargs="+", default=[32, 48, 64, 96, 312])
     parser.add_argument("--every", type=int, default=12, help="steps from one that is looked at to the next")
     parser.add_argument("--seed", type=int, default=5)
+    parser.add_argument("--model", help="folder of another model with the same tokenizer, default needle-3m")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_needle("cpu", torch.float32)
+    if args.model is not None:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     read = TreeSearch.read
     for task in args.tasks:
         recorder = Recorder(args.every)

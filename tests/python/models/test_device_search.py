@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from icecache import IceRuntime, _core
 from icecache.attention import DeviceSearch, EngineSearch
+from icecache.attention.device_search import _Held
 from icecache.errors import BadTensorError
 from icecache.hf.graph import GraphDecoder
 from icecache.hf.segments import CudaRecorder
@@ -98,6 +100,57 @@ def test_one_search_serves_the_layers_that_share_pages(reuse):
                 assert [len(step.finder.host_table) for step in search._held] == [len(range(0, 3, reuse))]
     assert close(results[0][0], results[1][0])
     assert results[0][1] == results[1][1]
+
+
+class StillStep:
+    """A step of a device that does nothing: it takes down what its summaries are told."""
+
+    def __init__(self, n_layers, n_kv_heads):
+        device = torch.device("cpu")
+        self.shape = SimpleNamespace(n_searches=n_layers, n_rows=1, n_kv_heads=n_kv_heads, device=device)
+        self.finder, self.told = SimpleNamespace(shape=SimpleNamespace(n_slots=64), update=self.tell), []
+
+    def tell(self, slots, words, extents, _whole):
+        self.told.append((slots.tolist(), words.tolist(), extents.tolist()))
+
+
+class WatchedMirror:
+    """Notes how long the forests are that it is to foresee."""
+
+    def __init__(self):
+        self.inner, self.foreseen = _core.Mirror(), []
+        self.update, self.clear = self.inner.update, self.inner.clear
+
+    def foresee(self, pool, forests, n_slots):
+        self.foreseen.append([len(forest) for forest in forests])
+        self.inner.foresee(pool, forests, n_slots)
+
+
+def test_the_look_at_new_pages_is_made_behind_their_insert():
+    model, ids = build("llama"), prompt(1, 200)
+    with IceRuntime.wrap(model, **SMALL) as runtime, torch.no_grad():
+        services, cache = runtime._services, runtime.new_cache()
+        model(ids[:, :150], past_key_values=cache)
+        pages = [layer.pages for layer in cache.layers]
+        search, step, plain = DeviceSearch(services), StillStep(len(pages), 2), _core.Mirror()
+        mirror = WatchedMirror()
+        search._held[step] = _Held(mirror=mirror)
+        seen = pages[0].changes
+        for t in range(150, 200):
+            services.drain(pages)
+            n_told, changes = len(step.told), pages[0].changes
+            search.prepare(step, pages, 1)
+            if len(step.told) > n_told:
+                found = plain.update(services.pool, [p.forests[0] for p in pages], 64)
+                assert step.told[-1] == tuple(x.tolist() for x in found[:3]), "foreseen or not, it is told the same"
+            if changes != seen:
+                assert mirror.foreseen[-1] == [len(p.forests[0]) for p in pages], "it was foreseen"
+            seen = changes
+            search.beside(step, pages, handed=services.hand_over(pages))
+            services.inserter.also(lambda _pool: None).result()
+            model(ids[:, t : t + 1], past_key_values=cache)
+        assert len(mirror.foreseen) >= 3
+        search.close()
 
 
 PIECES = [(1, (120, 121)), (0, (120, 150)), (0, None), (0, (130, 131))]
