@@ -248,6 +248,15 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         """All keys and values of a layer that is not paged yet (staged ones included)."""
         return None if self._pages is not None else self._staged or self._dense
 
+    @property
+    def deferred(self) -> Pair | None:
+        """Keys and values of a later chunk that wait to be committed."""
+        return None if self._deferred is None else self._deferred[0]
+
+    def note_sent(self) -> None:
+        """Note that the tokens of this step are committed."""
+        self._deferred, self._sent = None, True
+
     def may_turn_dense(self) -> bool:
         """Whether the layer can become an ordinary dense one now, as the config asks for where it is not supported."""
         return self.engine.config.on_unsupported == "dense" and self.dense_pair() is not None
@@ -295,10 +304,8 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             msg = f"layer {self.layer_idx}: another layer shares its keys all of a sudden"
             raise UnsupportedModelError(msg)
         out = self._attend_chunk(self._pages, call, mask)
-        if not call.shared:
-            self._sent = send(self, call.keys, call.values, mask.valid)
-            if not self._sent:
-                self._deferred = (call.keys, call.values), mask.valid  # until the end: a sharing layer comes later
+        if not call.shared and not send(self, call.keys, call.values, mask.valid):
+            self._deferred = (call.keys, call.values), mask.valid  # until the end: a sharing layer comes later
         return out
 
     def _attend_chunk(self, kept: LayerPages | WholeKV, call: Call, mask: ChunkMask) -> torch.Tensor:

@@ -68,19 +68,27 @@ def page_in(layer: RetrievalLayer, valid: torch.Tensor | None) -> None:
 def send(layer: RetrievalLayer, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> bool:
     """Let a later chunk leave the device now, while the next layers are computed; its layer has attended.
 
+    The last of the layers that share pages sends for all of them.
+
     Returns
     -------
     bool
         False, and nothing was done, if the chunk is short, stays, or other layers still need it.
     """
-    pages, services = layer.pages, layer.engine.services
-    offload = services.offload_from(keys.device)
-    if pages is None or not pages.forests or offload is None or keys.shape[2] < LONG_CHUNK_TOKENS:
+    group, services = members(layer), layer.engine.services
+    offload, pages = services.offload_from(keys.device), [x.pages for x in group if x.pages is not None]
+    if offload is None or len(pages) < len(layer.members) or not pages[0].forests or keys.shape[2] < LONG_CHUNK_TOKENS:
         return False
-    if len(layer.members) > 1 or layer.may_be_shared:
+    if any(x.may_be_shared for x in group) or layer is not group[-1]:
         return False
-    reserve(layer, keys, values)
-    send_chunk(pages, keys, values, valid, offload, services.recorder)
+    earlier = [x.deferred for x in group[:-1]]
+    chunks = [pair for pair in earlier if pair is not None and pair[0].shape == keys.shape]
+    if len(chunks) < len(earlier):
+        return False
+    reserve(group[0], keys, values)
+    send_chunk(pages, [*chunks, (keys, values)], valid, offload, services.recorder)
+    for x in group:
+        x.note_sent()
     return True
 
 

@@ -12,6 +12,7 @@ import torch
 from icecache import IceRuntime, PoolExhaustedError
 from icecache.errors import BadTensorError
 from icecache.hf import group
+from icecache.hf.cache import RetrievalLayer
 from icecache.pages import chunk
 from icecache.select import Services
 from tiny import build, left_padded, prompt
@@ -80,28 +81,28 @@ def waiting(**settings):
         return ids, mask, in_chunks(runtime, ids, mask=mask)
 
 
-@pytest.fixture
-def ragged():
-    return waiting()
+@pytest.fixture(params=[1, 2, 3])
+def ragged(request):
+    return request.param, *waiting(reuse=request.param)
 
 
 def test_sent_chunks_give_the_same_bits_in_the_same_pages(ragged, sent):
-    ids, mask, expected = ragged
-    with IceRuntime.wrap(build("llama").to(DEVICE), **SMALL, decode="eager") as runtime:
+    reuse, ids, mask, expected = ragged
+    with IceRuntime.wrap(build("llama").to(DEVICE), **SMALL, decode="eager", reuse=reuse) as runtime:
         assert same(in_chunks(runtime, ids, mask=mask), expected)
-    assert sent == ["sent"] * 2 * 3
+    assert sent == ["sent"] * 2 * -(-3 // reuse)
 
 
-@pytest.fixture
-def covered():
-    return waiting(budget=4096)
+@pytest.fixture(params=[1, 2])
+def covered(request):
+    return request.param, *waiting(budget=4096, reuse=request.param)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_a_chunk_that_dies_half_way_is_undone_in_the_pages_too(covered, sent, error):
-    ids, mask, expected = covered
+    reuse, ids, mask, expected = covered
     model = build("llama").to(DEVICE)
-    with IceRuntime.wrap(model, **{**SMALL, "budget": 4096}, decode="eager") as runtime:
+    with IceRuntime.wrap(model, **{**SMALL, "budget": 4096}, decode="eager", reuse=reuse) as runtime:
         cache, out = runtime.new_cache(), []
         for first, stop in itertools.pairwise(CUTS):
             chunk_ids, options = ids[:, first:stop], {"attention_mask": mask[:, :stop]}
@@ -124,9 +125,10 @@ def test_a_chunk_that_dies_half_way_is_undone_in_the_pages_too(covered, sent, er
     assert (a - b).abs().max() <= 1e-4 * b.abs().max()
 
 
-def test_a_chunk_with_infinite_keys_is_undone_in_all_layers(sent):
+@pytest.mark.parametrize("reuse", [1, 3])
+def test_a_chunk_with_infinite_keys_is_undone_in_all_layers(sent, reuse):
     model, ids = build("llama").to(DEVICE), prompt(2, 520).to(DEVICE)
-    options = {**SMALL, "budget": 4096, "decode": "eager"}
+    options = {**SMALL, "budget": 4096, "decode": "eager", "reuse": reuse}
     with IceRuntime.wrap(model, **options) as runtime:
         expected, _ = in_chunks(runtime, ids, [0, 150, 400, 401])
     with IceRuntime.wrap(model, **options) as runtime:
@@ -164,8 +166,15 @@ def test_the_limit_of_host_memory_ends_a_chunk_and_not_the_sequence(sent, monkey
         digests(cache)
 
 
-def test_layers_that_share_pages_or_keys_wait_for_the_end_of_their_step(sent):
+def test_layers_whose_keys_others_may_need_wait_for_the_end_of_their_step(sent, monkeypatch):
     model, ids = build("llama").to(DEVICE), prompt(1, 520).to(DEVICE)
-    with IceRuntime.wrap(model, **SMALL, decode="eager", reuse=3) as runtime:
+    finish = RetrievalLayer.finish
+
+    def shared(layer):
+        finish(layer)
+        layer.may_be_shared = True
+
+    monkeypatch.setattr(RetrievalLayer, "finish", shared)
+    with IceRuntime.wrap(model, **SMALL, decode="eager") as runtime:
         in_chunks(runtime, ids)
     assert not sent
