@@ -18,7 +18,7 @@ from icecache.eval.results import Cell, Results, budget_of
 
 Group = tuple[Setup, int]
 DEPTH_BINS: Final = 10
-FEWEST: Final = 8
+FEWEST: Final = 20
 """Samples of a bin by generated tokens: fewer say nothing."""
 
 

@@ -275,13 +275,14 @@ def test_a_report_is_written_in_the_formats_asked_for(tmp_path):
 
 def test_samples_are_sorted_by_the_length_of_full_attentions_answer():
     def lengthened(arm, n_right):
-        for i, record in enumerate(_records("kv", arm, n_right)):
-            # Rivals may ramble: what counts is full attention's answer.
-            yield replace(record, n_generated=(5 if i < 10 else 40 + i) if arm == "full" else 999)
+        for length in (1024, 4096):
+            for i, record in enumerate(_records("kv", arm, n_right, length=length)):
+                # Rivals may ramble: what counts is full attention's answer.
+                yield replace(record, n_generated=(5 if i < 10 else 40 + i) if arm == "full" else 999)
 
     results = Results([r for arm, right in RIGHT.items() for r in lengthened(arm, right)], MANIFEST)
-    found = curves.by_generated(results, [("B", 1024)], ["icecache@64", "quest@64"])
-    assert found.edges == ((5, 5), (50, 59))
+    found = curves.by_generated(results, results.groups, ["icecache@64", "quest@64"])
+    assert (found.edges, found.counts) == (((5, 5), (50, 59)), (20, 20))
     means = [mean.estimate for mean in found.scores["quest@64"]]
     assert means == [0.7, 0.0]
     assert any(d.title.startswith("Score against generated tokens") for d in draw(results))
