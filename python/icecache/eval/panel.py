@@ -91,6 +91,6 @@ def _regrets(axis: Axes, rows: Sequence[HeadRow], policies: Sequence[str], budge
         places = [i + 0.27 * (shift - 1) for i, value in enumerate(values) if value is not None]
         axis.barh(places, [v for v in values if v is not None], height=0.25, color=colour, label=kind)
     axis.set_yticks(range(len(policies)), policies)
-    axis.invert_yaxis()
+    axis.set_ylim(len(policies) - 0.45, -0.55)  # the first on top, and room between a name and the numbers below
     axis.set_title("mass missed", size=10)
     axis.legend(frameon=False, fontsize=9)
