@@ -20,7 +20,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 
+from icecache.arguments import task_list
 from icecache.eval.folder import MANIFEST, SAMPLES, merge_folders
 from icecache.eval.report import write_report
 
@@ -54,23 +56,29 @@ class Job:
 
 
 def _job(name: str, model: str, limit: int, **lists: Sequence[str]) -> Job:
+    """Make a job of the lists that it hands on."""
     values = (f"--{key}={','.join(value)}" for key, value in lists.items())
     return Job(f"{model}.{name}", model, (f"--limit={limit}", f"--batch={limit}", *values))
 
 
-def main_jobs(limit: int) -> Iterator[Job]:
+def main_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """List every policy at 16k: ours and the paper's first, oracles last."""
-    for model in MODELS:
-        for task in TASKS:
+    for model in args.models:
+        for task in args.tasks:
             eager = ("full-eager",) if task in {"kv32", "kv_dense"} else ()
-            lists = {"tasks": (task,), "policies": (*FEW, *BASELINES, *ORACLES), "controls": (*CONTROLS, *eager)}
-            yield _job(f"16k-B.{task}", model, limit, lengths=("16k",), setup=("B",), budgets=("64", "256"), **lists)
+            lists = {
+                "tasks": (task,),
+                "policies": args.policies or (*FEW, *BASELINES, *ORACLES),
+                "controls": args.controls or (*CONTROLS, *eager),
+            }
+            name = f"16k-B.{task}{args.suffix}"
+            yield _job(name, model, args.limit, lengths=("16k",), setup=("B",), budgets=("64", "256"), **lists)
 
 
-def side_jobs(limit: int) -> Iterator[Job]:
+def side_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """List the other lengths, the other setup and the budget between, for the policies of the paper's tables."""
-    controls = ("full", "random", "streaming")
-    for model in MODELS:
+    lists = {"policies": args.policies or FEW, "controls": args.controls or ("full", "random", "streaming")}
+    for model in args.models:
         for length, setup, budgets in (
             ("4k", "A,B", "64,128,256"),
             ("16k", "B", "128"),
@@ -78,12 +86,20 @@ def side_jobs(limit: int) -> Iterator[Job]:
             ("32k", "A,B", "64,128,256"),
         ):
             for tasks in (TASKS[:2], TASKS[2:4], TASKS[4:]):
-                lists = {"tasks": tasks, "policies": FEW, "controls": controls, "lengths": (length,)}
-                name = f"{length}-{setup.replace(',', '')}-{budgets.count(',')}.{tasks[0]}"
-                yield _job(name, model, limit, setup=setup.split(","), budgets=budgets.split(","), **lists)
+                name = f"{length}-{setup.replace(',', '')}-{budgets.count(',')}.{tasks[0]}{args.suffix}"
+                cell = {"tasks": tasks, "lengths": (length,), "setup": setup.split(","), "budgets": budgets.split(",")}
+                yield _job(name, model, args.limit, **cell, **lists)
 
 
-def _run(job: Job, args: argparse.Namespace, end: float) -> str:
+def _run(job: Job, args: argparse.Namespace, end: float, free: Queue[set[int]]) -> str:
+    cores = free.get()
+    try:
+        return _run_on(job, args, end, cores)
+    finally:
+        free.put(cores)
+
+
+def _run_on(job: Job, args: argparse.Namespace, end: float, cores: set[int]) -> str:
     left = end - time.monotonic()
     if left < 15:  # what a start costs
         return f"{job.name}: no time"
@@ -98,6 +114,7 @@ def _run(job: Job, args: argparse.Namespace, end: float) -> str:
                 timeout=left,
                 check=False,
                 env=environment,
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),
             )
         except subprocess.TimeoutExpired:
             return f"{job.name}: cut"
@@ -109,9 +126,12 @@ def run(args: argparse.Namespace) -> None:
     """Run the jobs of a part until the time is over."""
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.seconds
-    jobs = [job for job in {"main": main_jobs, "side": side_jobs}[args.part](args.limit) if args.match in job.name]
+    jobs = [job for job in {"main": main_jobs, "side": side_jobs}[args.part](args) if args.match in job.name]
+    every, free = sorted(os.sched_getaffinity(0)), Queue[set[int]]()
+    for i in range(args.workers):  # or every process would start as many threads as there are cores
+        free.put(set(every[i :: args.workers]) or set(every))
     with ThreadPoolExecutor(args.workers) as pool:
-        for line in pool.map(lambda job: _run(job, args, end), jobs):
+        for line in pool.map(lambda job: _run(job, args, end, free), jobs):
             print(line, flush=True)
 
 
@@ -149,6 +169,11 @@ def main() -> None:
         sub.add_argument("--workers", type=int, default=8, help="processes at once")
         sub.add_argument("--limit", type=int, default=80, help="samples a task")
         sub.add_argument("--device", default="cuda")
+        sub.add_argument("--models", type=task_list, default=tuple(MODELS), help="of " + ", ".join(MODELS))
+        sub.add_argument("--tasks", type=task_list, default=TASKS, help="of --part main")
+        sub.add_argument("--policies", type=task_list, help="instead of the part's own")
+        sub.add_argument("--controls", type=task_list, help="instead of the part's own")
+        sub.add_argument("--suffix", default="", help="of the folders, for a second set of policies")
         sub.add_argument("--match", default="", help="only jobs with this in their name")
     args = parser.parse_args()
     {"run": run, "merge": merge}[args.verb](args)
