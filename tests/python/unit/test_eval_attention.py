@@ -193,3 +193,9 @@ def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["eval", "attention", "--out", str(tmp_path), "--policies", "nonsense"])
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_needle_tasks_can_be_named_for_any_model(tmp_path):
+    other = EvalOptions(out=tmp_path, model=str(tmp_path / "none"), tasks=("kv_dense",), controls=())
+    with pytest.raises((ConfigError, DataError), match="none"):  # the model is what is missing, not the task
+        run_attention(other, lambda _: None)
