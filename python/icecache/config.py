@@ -18,7 +18,16 @@ With sink 16 and window 32 a budget of 64 reads one page. Needle models, setup B
 took one of them from .42 to 1.00 on a pointer chase at 64 tokens; at 128 and 256 the two windows are alike."""
 
 MIN_CANDIDATES = 112
-"""Fewest pages scored from their keys: the index's own default."""
+"""Fewest pages scored from their keys, whatever is asked for: the index's own default."""
+
+CANDIDATES_PER_PAGE = 24
+"""Pages scored from their keys by default, per page read: matters where more than 42 pages are read."""
+
+THOROUGH_CANDIDATES = 1024
+"""Fewest pages scored from their keys by default: all of a context of 16k tokens.
+
+What a sharp query wants can be one key far from the mean of its page: on trained models with 1,020 pages the best page
+of a query stood as low as 896th by means, with nearly all of the mass of three heads of four (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,10 +41,11 @@ class IceConfig:
         The newest token, and up to 15 tokens that wait to enter the index, come on top and are reported.
     page_tokens : int, default=16
         Tokens per page. Only 16 in this version.
-    candidates_per_page : int, default=24
-        Pages scored exactly per page read, at least 112 in all. Sets what a search costs: it reads the keys of so many
-        pages. 24 are worth it where attention spreads over hundreds of tokens (needle-3m, haystack of needles, 16k
-        tokens, 13 pages read: exact match .83 with 112 candidates, .92 with 312); 6 do where it is sharp. 1 to 4096.
+    candidates_per_page : int or None, default=None
+        Pages that a search on the host scores exactly per page read, at least 112 in all. Sets what that search costs:
+        it reads the keys of so many pages. None: 24 per page and at least 1024 in all, so every page of 16k tokens.
+        Fewer cost less and lose answers where one key holds all the attention and its page's mean does not show it
+        (docs/LOG.md). 1 to 4096.
     sink_tokens : int, default=16
         First tokens of a sequence; always on the compute device. 0 to 4096.
     window_tokens : int or None, default=None
@@ -85,7 +95,7 @@ class IceConfig:
 
     budget: int = 256
     page_tokens: int = PAGE_TOKENS
-    candidates_per_page: int = 24
+    candidates_per_page: int | None = None
     sink_tokens: int = 16
     window_tokens: int | None = None
     reuse: int = 1
@@ -109,7 +119,8 @@ class IceConfig:
         if self.page_tokens != PAGE_TOKENS:
             msg = f"page_tokens must be {PAGE_TOKENS}, got {self.page_tokens!r}"
             raise ConfigError(msg)
-        _check_int("candidates_per_page", self.candidates_per_page, 1, 4096)
+        if self.candidates_per_page is not None:
+            _check_int("candidates_per_page", self.candidates_per_page, 1, 4096)
         _check_int("sink_tokens", self.sink_tokens, 0, 4096)
         if self.window_tokens is not None:
             _check_int("window_tokens", self.window_tokens, 1, 65536)
@@ -149,6 +160,8 @@ class IceConfig:
     @property
     def candidates(self) -> int:
         """Pages a search scores from their keys."""
+        if self.candidates_per_page is None:
+            return max(THOROUGH_CANDIDATES, CANDIDATES_PER_PAGE * self.retrieved_pages)
         return max(MIN_CANDIDATES, self.candidates_per_page * self.retrieved_pages)
 
     @property

@@ -26,7 +26,7 @@ METHODS = {
     "ice": "IceCache: search on the device, a step in one CUDA graph",
     "ice-2bit": "the same with both bits of the summaries on the device",
     "ice-cpu": "IceCache: search on the host, a step in one CUDA graph",
-    "ice-6": "the same with 6 candidates per page read instead of 24",
+    "ice-6": "the same with 6 candidates per page read, at least 112, instead of 1024",
     "ice-reuse": "the same as ice, and of 3 layers one searches for all",
     "ice-paper": "the paper's setting: 2 layers dense, and of 3 others one searches for all",
     "ice-eager": "IceCache, op by op",
