@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -115,7 +114,6 @@ def _best(estimate: torch.Tensor, n: int) -> list[list[int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of another model with needle-3m's vocabulary")
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", default=["chase8", "gsm", "kv_dense", "kv_rand"])
@@ -127,8 +125,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_needle("cpu", torch.float32)
-    if args.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, local_files_only=True).eval()
     if args.model is not None:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     read = TreeSearch.read
