@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from icecache import IceRuntime, PoolExhaustedError, _core
-from icecache.pages import Stores, warn_if_pageable
+from icecache.pages import Stores, store, warn_if_pageable
 from tiny import build, prompt
 
 POOL = _core.Pool(1)
@@ -110,6 +110,33 @@ def test_a_prompt_finds_its_memory_reserved_with_room_for_the_first_inserts(monk
         assert len(asked) == 1
         forward(model, prompt(1, 300), caches[1])
         assert len(asked) == 2
+
+
+class Shrinking:
+    """A store in which a dropped sequence is freed while memory is reserved, and the new one is written."""
+
+    def __init__(self, used, frees_after, writes):
+        self.used, self.reserved, self.free_at, self.writes, self.n = used, used, frees_after, writes, 0
+
+    def used_bytes(self):
+        return self.used
+
+    def reserve(self, n_bytes):
+        self.reserved = max(self.reserved, self.used + n_bytes)
+        self.n += 1
+        if self.n == self.free_at:
+            self.used = 0
+        self.used += self.writes
+
+
+@pytest.mark.parametrize("writes", [0, 100 << 20])
+@pytest.mark.parametrize("frees_after", [1, 2, None])
+def test_memory_of_a_sequence_that_is_just_being_freed_is_not_reserved_again(frees_after, writes):
+    wanted, before = 4 << 30, 4 << 30
+    fake = Shrinking(before, frees_after, writes)
+    store._reserve(fake, wanted)
+    expected = before + wanted if frees_after is None else wanted
+    assert expected <= fake.reserved <= expected + (frees_after or 0) * (128 << 20)
 
 
 def test_memory_that_cannot_be_reserved_ahead_is_no_error_by_itself():
