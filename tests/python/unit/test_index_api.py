@@ -454,4 +454,17 @@ def test_ids_may_be_anything_and_come_back(ids):
     kept = ids[1::3]
     np.testing.assert_allclose(index.get(kept), data[1::3], atol=1e-5)
     assert index.contains(small).all()
-    assert index.search(data[4::3][:50], 1).ids[:, 0].tolist() == kept[1:51].tolist()
+    assert index.search(data[4::3][:50], 1, exact=True).ids[:, 0].tolist() == kept[1:51].tolist()
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+@pytest.mark.parametrize("dim", [4, 8, 16, 32])
+def test_a_stored_vector_finds_itself(metric, dim):
+    """By default, and in pages that were thinned or grew one by one."""
+    data = vectors(4000, dim=dim)
+    index = Index.build(data[:2000], metric=metric)
+    for start in range(2000, 4000, 250):
+        index.add(data[start : start + 250])
+    index.remove(np.arange(0, 4000, 4))
+    kept = np.arange(1, 4000, 4)
+    assert (index.search(data[kept], 1).ids[:, 0] == kept).mean() >= 0.95

@@ -3,7 +3,8 @@
 //! Pages are visited in the order of how many rows better than the k-th best so far they are expected to hold. For a
 //! page with mean `c` and root mean square distance `r` of its rows to the mean, the score of a row is taken as normal
 //! around the score of the mean with deviation `z r w`: `w` is the norm of the query (of query minus mean for L2), and
-//! `z` is measured on the rows this query has seen already. So a query that runs along the directions in which pages
+//! `z` is measured on the rows this query has seen already; for L2 half of `r * r` is added to the square of `w`, or a query
+//! that is a row near the mean of its page would not find itself. So a query that runs along the directions in which pages
 //! are wide looks at more pages than one that does not, and nothing needs to be tuned per data set.
 //!
 //! The search ends after `beam` pages or, by default, when all unseen pages together are expected to hold fewer than
@@ -29,6 +30,8 @@ use crate::config::{PAGE_TOKENS, SEGMENT_PAGES};
 const MISSED: f32 = 0.01;
 /// Pages of the first round, before anything is known about the spread along the query.
 const FIRST_PAGES: usize = 16;
+/// Rows seen from which their spread along the query is taken for that of all.
+const KNOWN_ROWS: f64 = 64.0;
 /// Results kept beyond k, so that the f64 re-ranking can repair what f32 sums misorder at the edge.
 const SPARE: usize = 8;
 
@@ -217,7 +220,8 @@ impl<'a> Search<'a> {
         let mut round = FIRST_PAGES;
         while (self.visited as usize) < beam {
             let rest = self.expect();
-            if effort.beam.is_none() && rest <= limit {
+            // A tail may set a floor before the spread along the query is known.
+            if effort.beam.is_none() && rest <= limit && self.n_seen >= KNOWN_ROWS {
                 break;
             }
             if effort.beam.is_none() && self.visited as usize * 2 > self.unseen.len() {
@@ -248,8 +252,9 @@ impl<'a> Search<'a> {
                 let (center, distance) = if self.metric == Metric::SquaredL2 {
                     // q.y - y.y / 2 averaged over the page: mean of y.y = c.c + r * r.
                     let square = summaries.mean_squares[place];
-                    let apart = (self.prepared.square - 2.0 * dot + square).max(0.0).sqrt();
-                    (dot - 0.5 * (square + radius * radius), apart)
+                    let apart = (self.prepared.square - 2.0 * dot + square).max(0.0);
+                    // Distances to the mean vary too: by r * r / sqrt(2 d) for normal rows, where z is 1 / sqrt(d).
+                    (dot - 0.5 * (square + radius * radius), (apart + 0.5 * radius * radius).sqrt())
                 } else {
                     (dot, query_norm)
                 };
@@ -265,7 +270,7 @@ impl<'a> Search<'a> {
         let floor = self.best.kth(self.k);
         // Before anything was seen: rows of a page scatter in some 30 directions, as attention keys and embeddings do.
         let deviation =
-            if self.n_seen >= 64.0 { (self.squares / self.n_seen).sqrt() as f32 } else { 30f32.sqrt().recip() };
+            if self.n_seen >= KNOWN_ROWS { (self.squares / self.n_seen).sqrt() as f32 } else { 30f32.sqrt().recip() };
         let deviation = deviation.max(1e-6);
         if floor == f32::NEG_INFINITY {
             for page in &mut self.unseen {
