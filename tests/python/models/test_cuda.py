@@ -206,7 +206,7 @@ def test_nothing_stays_on_the_device_when_the_caches_are_gone(dense_below):
 def test_a_prompt_that_finds_no_room_is_an_error_and_the_cache_is_as_before():
     """Prompts leave a GPU in the background: what fails there must come out of the forward that brought them."""
     model, ids = build("llama").to(DEVICE), prompt(1, 400)
-    with IceRuntime.wrap(model, budget=64, dense_below=0, host_memory=1 << 14) as runtime:
+    with IceRuntime.wrap(model, budget=64, window_tokens=32, dense_below=0, host_memory=1 << 14) as runtime:
         cache = runtime.new_cache()
         with pytest.raises(PoolExhaustedError):
             forward(model, ids, cache)
