@@ -120,6 +120,16 @@ fn what_was_measured_for_a_recall_is_read_again() {
 }
 
 #[test]
+fn an_index_without_codes_is_read_as_one() {
+    let with_option = |bytes: Vec<u8>| forged(|content| content.push((*b"OPTN", bytes.clone())));
+    assert!(!VectorIndex::from_bytes(&pool(1), &with_option(vec![0])).unwrap().config().codes);
+    assert!(VectorIndex::from_bytes(&pool(1), &file()).unwrap().config().codes);
+    for bytes in [vec![], vec![1], vec![0, 0]] {
+        assert!(refusal(&with_option(bytes)).contains("OPTN"));
+    }
+}
+
+#[test]
 fn a_hostile_calibration_is_refused_by_name() {
     let put = |at: usize, bytes: &[u8]| {
         let mut content = sections(&calibrated());
