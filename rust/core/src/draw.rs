@@ -24,7 +24,7 @@ pub fn random_pages(forests: &[&Forest], k: usize, seeds: &[u64]) -> Result<Sele
     let mut selection = Selection::empty(views, n_heads, k, 0, layout_of(forests));
     let (views, heads) = selection.parts_mut();
     for (place, (view, out)) in views.iter().zip(heads).enumerate() {
-        let mut state = seeds[place / n_heads] ^ ((place % n_heads) as u64) << 48;
+        let mut state = seeds[place / n_heads] ^ (((place % n_heads) as u64) << 48);
         draw(view, &mut state, out.ordinals);
     }
     Ok(selection)
