@@ -78,10 +78,10 @@ class IceConfig:
         all pages; nothing waits for the host. "cpu": worker threads search the index, with no memory on the device.
         "auto": "gpu". Where summaries do not fit, the host searches, with a warning. Steps that run op by op always
         search on the host.
-    search_bits : {1, 2}, default=1
+    search_bits : {1, 2} or None, default=None
         How many of the two bits per element of a key that summaries have lie on the device: 1 takes 4.4 % of the keys'
-        and values' bytes there (128 dimensions, 16-bit types) and 3.1 % in host memory, 2 take 7.5 % of the device's,
-        and their search is a little faster.
+        and values' bytes there (128 dimensions, 16-bit types) and 3.1 % in page-locked host memory, 2 take 7.5 % on
+        the device, where up to some 128k tokens the search is faster. None: 2 while that takes at most 1 GiB, then 1.
     search_memory : int or None, default=None
         Most bytes of summaries on the device; None: no limit.
     on_unsupported : {"error", "dense"}, default="error"
@@ -107,7 +107,7 @@ class IceConfig:
     seed: int = 0
     decode: Literal["auto", "eager"] = "auto"
     search: Literal["auto", "gpu", "cpu"] = "auto"
-    search_bits: Literal[1, 2] = 1
+    search_bits: Literal[1, 2] | None = None
     search_memory: int | None = None
     on_unsupported: Literal["error", "dense"] = "error"
 
@@ -136,16 +136,20 @@ class IceConfig:
         if self.decode not in ("auto", "eager"):
             msg = f"decode must be 'auto' or 'eager', got {self.decode!r}"
             raise ConfigError(msg)
-        if self.search not in ("auto", "gpu", "cpu"):
-            msg = f"search must be 'auto', 'gpu' or 'cpu', got {self.search!r}"
-            raise ConfigError(msg)
-        _check_int("search_bits", self.search_bits, 1, 2)
-        if self.search_memory is not None:
-            _check_int("search_memory", self.search_memory, 1, 2**62)
         if self.on_unsupported not in ("error", "dense"):
             msg = f"on_unsupported must be 'error' or 'dense', got {self.on_unsupported!r}"
             raise ConfigError(msg)
         self._check_budget()
+        self._check_search()
+
+    def _check_search(self) -> None:
+        if self.search not in ("auto", "gpu", "cpu"):
+            msg = f"search must be 'auto', 'gpu' or 'cpu', got {self.search!r}"
+            raise ConfigError(msg)
+        if self.search_bits is not None:
+            _check_int("search_bits", self.search_bits, 1, 2)
+        if self.search_memory is not None:
+            _check_int("search_memory", self.search_memory, 1, 2**62)
 
     def _check_budget(self) -> None:
         _check_int("budget", self.budget, 1, 2**31)

@@ -46,7 +46,7 @@ class RuntimeStats:
         Bytes of keys and values that left the compute device for the page store.
     summary_bytes : int
         Summaries of pages that graph steps search, on the device and not in `device_bytes`. They are kept for the next
-        sequence until `unwrap`, and so are their second bits in host memory, some 3 % of the pages (`search_bits=1`).
+        sequence until `unwrap`, and so are their second bits in host memory, some 3 % of the pages (`search_bits`).
     device_bytes, host_bytes, index_bytes : int
         Bytes held now by the live caches on the compute device, in the page stores they use, and in the index beside
         the pages. Pages shared by forks count once; `index_bytes` counts what forks share once per fork. A cache

@@ -23,6 +23,9 @@ from icecache.select import Services
 _GROWTH_PART = 32
 """A context may grow by this part, and some 1,000 tokens, before its summaries move; then the step is captured anew,
 which takes .1 s at 36k tokens. Room that is not used yet counts as memory of the device."""
+BOTH_BITS_BYTES = 1 << 30
+"""Of summaries with both bits: 100k tokens of an 8B model. The search takes 57 us a layer then and 92 with one bit at
+36k tokens, 151 and 142 at 300k (one H100)."""
 _TICKET = 1
 """Nobody is asked, so nobody compares it."""
 
@@ -66,15 +69,16 @@ class DeviceSearch:
     ----------
     services : Services
         Of the runtime; the memory of its stores must be page-locked when a step is made for a CUDA device.
-    bits : int, default=1
-        Per element of a key on the device, 1 or 2; with 1 the second ones lie in page-locked host memory.
+    bits : int or None, default=None
+        Per element of a key on the device, 1 or 2; with 1 the second ones lie in page-locked host memory. None: 2 while
+        summaries take at most `BOTH_BITS_BYTES`, 1 where they would take more.
     limit_bytes : int or None, default=None
         Most bytes of summaries of a step.
     """
 
     waits = False
 
-    def __init__(self, services: Services, *, bits: int = 1, limit_bytes: int | None = None) -> None:
+    def __init__(self, services: Services, *, bits: int | None = None, limit_bytes: int | None = None) -> None:
         self._services, self._bits, self._limit = services, bits, limit_bytes
         self._held: dict[DeviceStep, _Held] = {}
 
@@ -137,13 +141,9 @@ class DeviceSearch:
         if needed > MAX_SLOTS:
             msg = f"a row has {needed} pages a head, the device searches at most {MAX_SLOTS}"
             raise SearchMemoryError(msg)
-        slack = needed + needed // _GROWTH_PART + 64
-        for wanted in (slack, needed):
-            shape = FinderShape(min(wanted + -wanted % 64, MAX_SLOTS), self._bits, n_pages)
-            n_bytes = shape.nbytes(step.shape)
-            if self._limit is None or n_bytes <= self._limit:
-                break
-        else:
+        shape = self._shape_for(step, needed, n_pages)
+        n_bytes = shape.nbytes(step.shape)
+        if self._limit is not None and n_bytes > self._limit:
             msg = f"page summaries need {n_bytes} bytes on the device, search_memory is {self._limit}"
             raise SearchMemoryError(msg, needed_bytes=n_bytes, available_bytes=self._limit)
         step.epoch += 1
@@ -156,6 +156,19 @@ class DeviceSearch:
             msg = f"the second bits of page summaries: {error}"
             raise SearchMemoryError(msg, needed_bytes=shape.host_bytes(step.shape)) from error
         return shape.n_slots
+
+    def _shape_for(self, step: DeviceStep, needed: int, n_pages: int) -> FinderShape:
+        """Room to grow and both bits as far as they fit, and at least what is needed."""
+        from icecache.kernels.page_select import MAX_SLOTS
+
+        slack = needed + needed // _GROWTH_PART + 64
+        options = [(1, slack), (1, needed)] if self._bits is None else [(self._bits, slack), (self._bits, needed)]
+        shapes = [FinderShape(min(n + -n % 64, MAX_SLOTS), bits, n_pages) for bits, n in options]
+        both = FinderShape(shapes[0].n_slots, 2, n_pages)
+        if self._bits is None and both.nbytes(step.shape) <= BOTH_BITS_BYTES:
+            shapes.insert(0, both)
+        limit = self._limit
+        return next((x for x in shapes if limit is None or x.nbytes(step.shape) <= limit), shapes[-1])
 
     def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:  # noqa: ARG002
         """Nothing is left to do: `prepare` has looked at the pages."""

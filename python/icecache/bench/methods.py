@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 METHODS = {
     "ice": "IceCache: search on the device, a step in one CUDA graph",
-    "ice-2bit": "the same with both bits of the summaries on the device",
+    "ice-1bit": "the same with one bit an element of the summaries on the device, as for long contexts",
+    "ice-2bit": "the same with both bits there, as for short ones",
     "ice-cpu": "IceCache: search on the host, a step in one CUDA graph",
     "ice-6": "the same with 6 candidates per page read, at least 112, instead of 1024",
     "ice-reuse": "the same as ice, and of 3 layers one searches for all",
@@ -39,6 +40,7 @@ METHODS = {
 
 _CONFIGS = {
     "ice": IceConfig(search="gpu"),
+    "ice-1bit": IceConfig(search="gpu", search_bits=1),
     "ice-2bit": IceConfig(search="gpu", search_bits=2),
     "ice-cpu": IceConfig(search="cpu"),
     "ice-6": IceConfig(search="cpu", candidates_per_page=6),
