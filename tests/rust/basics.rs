@@ -219,7 +219,9 @@ fn random_pages_are_different_ones_each_as_likely_as_any_other() {
         let pages = random_pages(&[&forest], 5, &[seed]).unwrap().pages();
         for (head, pages) in pages.chunks_exact(5).enumerate() {
             assert_eq!(pages.iter().collect::<std::collections::HashSet<_>>().len(), 5);
-            pages.iter().for_each(|page| *drawn[head].entry(*page).or_insert(0_u32) += 1);
+            for page in pages {
+                *drawn[head].entry(*page).or_insert(0_u32) += 1;
+            }
         }
     }
     for (drawn, n) in drawn.iter().zip(n) {
