@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUST    := $(shell find rust -name '*.rs') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: fuzz demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon clean loom endurance
+.PHONY: fuzz demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon miri clean loom endurance
 .DELETE_ON_ERROR:
 
 build: .venv/.built
@@ -67,6 +67,21 @@ test-rust:
 loom:
 	RUSTFLAGS="--cfg loom" cargo test -q --release -p icecache-core --lib --target-dir target/loom loom_models -- --test-threads=$(WORKERS)
 	RUSTFLAGS="--cfg loom" cargo test -q --release -p icecache-engine --lib --target-dir target/loom claims
+
+# Parts of the core under an interpreter that checks every access. Needs a nightly toolchain with miri and rust-src. std::arch is left out: kernels
+# are those of `scalar`. The packing thread is not joined, hence the leaks. MIRI="--test small" is the life of a small forest: very long.
+MIRI ?= --lib free::
+miri:
+	MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-tree-borrows" ICECACHE_SIMD=scalar \
+		cargo +nightly miri test -q --target-dir target/miri -p icecache-core --features stress $(MIRI)
+
+# Unit tests of the core on NEON, in an emulator. Debian: gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user.
+NEON := aarch64-unknown-linux-gnu
+check-neon:
+	rustup target add $(NEON)
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+		cargo test -q --target $(NEON) -p icecache-core --lib
 
 # Ten million random operations from four threads (minutes).
 endurance:

@@ -20,6 +20,7 @@ pub(crate) const WORDS: usize = 16;
 /// Bytes of the tables of two groups.
 const PAIR_TABLES: usize = 2 * GROUP_SUBSPACES * WORDS;
 /// Bytes of the tables of one half of the codes of two groups.
+#[cfg(target_arch = "x86_64")]
 const HALF_TABLES: usize = PAIR_TABLES / 2;
 /// Largest table entry: two of them fit one byte.
 pub(crate) const MAX_ENTRY: u8 = 127;

@@ -3,11 +3,12 @@
 //! The same sums, bit for bit, as [`Kernels::dots`](super::Kernels) gives for rows side by side. Four rows at a time; the
 //! next four are fetched meanwhile, because their addresses follow no pattern that a processor would guess.
 
-use super::{LANES, scalar};
+use super::scalar;
 use crate::layout::Dtype;
 use crate::sync::OnceLock;
 
 /// Rows scored together.
+#[cfg(target_arch = "x86_64")]
 const ROWS: usize = 4;
 
 /// `dots[i] = rows[i] . query` and, unless `squares` is empty, `squares[i] = rows[i] . rows[i]`.
@@ -56,7 +57,8 @@ mod x86 {
     #[allow(clippy::wildcard_imports, reason = "every line is an intrinsic")]
     use std::arch::x86_64::*;
 
-    use super::{LANES, ROWS, scalar};
+    use super::super::LANES;
+    use super::{ROWS, scalar};
 
     /// Floats of a cache line.
     const LINE: usize = 16;
