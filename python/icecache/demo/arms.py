@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 import torch
 
+from icecache.config import NARROW_WINDOW_TOKENS
 from icecache.demo.options import BUDGETS
 from icecache.eval.needle import Sample
 from icecache.eval.needle.runner import Outcome, as_prompt, ask
@@ -162,9 +163,17 @@ class Bench:
             yield measured
 
     def _wrap(self, arm: Arm, threads: int = 1) -> IceRuntime:
-        # dense_below=0: short demo contexts are to be answered from pages, too.
+        # dense_below=0: short demo contexts are to be answered from pages, too. One window for all budgets, that of the
+        # smallest, so that all of them can share one index.
+        window = NARROW_WINDOW_TOKENS if arm.kind == "icecache" else None
         return IceRuntime.wrap(
-            self.model, policy=arm.kind, budget=arm.budget, dense_below=0, sparse_prefill=True, threads=threads
+            self.model,
+            policy=arm.kind,
+            budget=arm.budget,
+            window_tokens=window,
+            dense_below=0,
+            sparse_prefill=True,
+            threads=threads,
         )
 
     def _full(self, sample: Sample, prefilled: Cache, prefill_seconds: float) -> Measurement:
