@@ -10,7 +10,7 @@
 //! together, so that axes and means are read once; the rest is done for one query after the other. Each query's result
 //! is the same in any tile.
 //!
-//! Above 512 blocks of 16 pages the summaries of pages are read only in the blocks whose own summary promises
+//! Above 4096 blocks of 16 pages the summaries of pages are read only in the blocks whose own summary promises
 //! enough. Rows of the tail are always scored exactly. All of it is deterministic and one thread's work.
 #![forbid(unsafe_code)]
 

@@ -9,8 +9,9 @@ use crate::simd::BLOCK;
 use crate::simd::bytes::Levels;
 use crate::simd::promise::{Aim, Summary, promise};
 
-/// Blocks up to which all page summaries are read.
-const FLAT_BLOCKS: usize = 512;
+/// Blocks (of 256 vectors) up to which all page summaries are read. Summaries of blocks do not stand for vectors that came in
+/// small batches, which lie anywhere: see "Churn at 200,000" in docs/LOG.md.
+const FLAT_BLOCKS: usize = 4096;
 
 const _: () = assert!(BLOCK_SEGMENTS * SEGMENT_GROUPS == BLOCK, "a block of groups holds whole segments");
 
