@@ -67,6 +67,17 @@ impl Levels {
     }
 }
 
+/// Asks for a block of means ahead of its scan.
+pub(crate) fn fetch(block: &[i8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in block.chunks(64) {
+        // SAFETY: every x86-64 has SSE, and asking for an address reads nothing.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.as_ptr());
+        }
+    }
+}
+
 type Quantise = fn(&[f32], &mut [i8]) -> f32;
 
 fn quantise() -> Quantise {
@@ -165,6 +176,8 @@ mod x86 {
         for (total, &sum) in totals.iter_mut().zip(sums) {
             *total = _mm512_set1_epi32(-128 * sum);
         }
+        // One query alone would wait for each of its sums: even and odd quads have their own.
+        let mut odds = _mm512_setzero_si512();
         let sign = _mm512_set1_epi8(-128);
         for quad in 0..quads {
             let from = block.as_ptr().wrapping_add(4 * BLOCK * quad);
@@ -183,8 +196,15 @@ mod x86 {
                 let query = queries.as_ptr().wrapping_add(g * quads + quad);
                 // SAFETY: `queries` has `G` rows of `quads` quads.
                 let query = _mm512_set1_epi32(bytemuck::cast(unsafe { query.read() }));
-                *total = _mm512_dpbusd_epi32(*total, dims, query);
+                if G == 1 && quad % 2 == 1 {
+                    odds = _mm512_dpbusd_epi32(odds, dims, query);
+                } else {
+                    *total = _mm512_dpbusd_epi32(*total, dims, query);
+                }
             }
+        }
+        if G == 1 {
+            totals[0] = _mm512_add_epi32(totals[0], odds);
         }
         let order = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15);
         for (out, total) in out.chunks_exact_mut(BLOCK).zip(&totals) {

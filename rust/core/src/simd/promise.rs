@@ -16,6 +16,9 @@ pub(crate) struct Summary<'a> {
     pub(crate) squares: &'a [f32; BLOCK],
     /// Subtracted from the score of the mean; none without one.
     pub(crate) halves: Option<&'a [f32; BLOCK]>,
+    /// Half the mean square of the rows is subtracted from promises instead: codes fall short of it, and more so where
+    /// rows lie further apart.
+    pub(crate) whole_halves: bool,
 }
 
 /// How a query looks at summaries.
@@ -68,13 +71,21 @@ fn plain(
             widths[lane] *= if apart > 0.0 { apart } else { 0.0 }.sqrt();
         }
     }
+    if summary.whole_halves {
+        for lane in 0..BLOCK {
+            let spread = summary.spreads[lane];
+            widths[lane] += means[lane] - 0.5 * (summary.squares[lane] + spread * spread);
+        }
+    }
     if let Some(halves) = summary.halves {
         for lane in 0..BLOCK {
             means[lane] -= halves[lane];
         }
     }
-    for lane in 0..BLOCK {
-        widths[lane] += means[lane];
+    if !summary.whole_halves {
+        for lane in 0..BLOCK {
+            widths[lane] += means[lane];
+        }
     }
     (*centers, *promises) = (means, widths);
     let more = |a: f32, b: f32| if b > a { b } else { a };
@@ -142,8 +153,8 @@ mod tests {
             |seed: usize| -> [f32; BLOCK] { std::array::from_fn(|i| ((i * 7919 + seed * 31) % 1009) as f32 / 100.0) };
         let raw = std::array::from_fn(|i| (i as i32 - 8) * 1000);
         let (scales, spreads, squares, halves) = (floats(1), floats(2), floats(3), floats(4));
-        for halves in [None, Some(&halves)] {
-            let summary = Summary { scales: &scales, spreads: &spreads, squares: &squares, halves };
+        for (halves, whole_halves) in [(None, false), (Some(&halves), false), (Some(&halves), true)] {
+            let summary = Summary { scales: &scales, spreads: &spreads, squares: &squares, halves, whole_halves };
             for square in [None, Some(50.0)] {
                 let aim = Aim { level: 1e-4, reach: 1.5, square };
                 let (mut want, mut got) = ([[0.0; BLOCK]; 2], [[1.0; BLOCK]; 2]);
@@ -157,6 +168,8 @@ mod tests {
                     let apart = square.map_or(1.0, |square| (square - 2.0 * mean + squares[lane]).max(0.0).sqrt());
                     let center = mean - halves.map_or(0.0, |halves| halves[lane]);
                     assert!((want[0][lane] - center).abs() < 1e-3);
+                    let whole = 0.5 * (squares[lane] + spreads[lane] * spreads[lane]);
+                    let center = if whole_halves { mean - whole } else { center };
                     assert!((want[1][lane] - center - 1.5 * spreads[lane] * apart).abs() < 1e-2);
                 }
                 assert_eq!(want[1].iter().fold(f32::MIN, |a, &b| a.max(b)).to_bits(), top.to_bits());

@@ -11,8 +11,11 @@
 //! axes dealt by variance. With 32 bytes: .979, .985, .989.
 #![forbid(unsafe_code)]
 
+use std::sync::Arc;
+
 use super::axes::{Axes, principal_axes, products, products_into};
 use super::metric::dot;
+use super::warp::{ORDINARY, Warp};
 use crate::simd::code4::{GROUP_SUBSPACES, WORDS};
 use crate::simd::encode::encode;
 use crate::simd::lookup::{Scale, Words, fill};
@@ -21,8 +24,6 @@ use crate::simd::lookup::{Scale, Words, fill};
 const ROUNDS: usize = 8;
 /// Most bytes of codes a row.
 const MAX_BYTES: usize = 32;
-/// Mean squares of offsets for which sums of a sample's squares stay far from the ends of f32; others get no codes.
-const ORDINARY: std::ops::Range<f32> = 1e-25..1e25;
 /// Most axes that are coded: of 384 embedding dimensions the first 192 hold nearly all variance.
 const MAX_AXES: usize = 192;
 
@@ -30,8 +31,10 @@ const MAX_AXES: usize = 192;
 #[derive(Debug)]
 pub(super) struct Book {
     dim: usize,
-    /// `[n_axes, dim]`.
-    axes: Vec<f32>,
+    /// `[n_axes, dim]`: what an offset's components are products with.
+    row_axes: Arc<[f32]>,
+    /// `[n_axes, dim]`: the same for queries; the sum of the products of components is the product.
+    query_axes: Arc<[f32]>,
     /// Axes of each subspace, at least one; a multiple of four subspaces.
     widths: Vec<usize>,
     /// `[n_axes, 16]`: component of the codewords along each axis.
@@ -40,7 +43,7 @@ pub(super) struct Book {
     variances: Vec<f32>,
     /// Mean square of what the codes miss along each axis.
     errors: Vec<f32>,
-    /// Mean square of an offset along a direction outside the axes.
+    /// Mean square of an offset outside the axes, along one direction.
     rest: f32,
     /// Mean square of whole offsets.
     total: f32,
@@ -74,33 +77,35 @@ pub(super) struct Tables {
 
 impl Book {
     /// A book for offsets `[n, dim]`; `None` if they span too little to be worth codes.
-    pub(super) fn train(offsets: &[f32], dim: usize, n_rows: usize) -> Option<Self> {
+    pub(super) fn train(offsets: &[f32], dim: usize, n_rows: usize, warp: &Warp) -> Option<Self> {
         let n = offsets.len() / dim;
         let total = (dot(offsets, offsets) / n.max(1) as f64) as f32;
         if !ORDINARY.contains(&total) {
             return None;
         }
-        let Axes { rows: axes, variances } = principal_axes(offsets, dim, MAX_AXES);
+        let stretched = warp.apply(offsets);
+        let Axes { rows: axes, variances } = principal_axes(&stretched, dim, MAX_AXES);
         let n_subspaces = (dim / 4).min(2 * MAX_BYTES).min(variances.len()) / GROUP_SUBSPACES * GROUP_SUBSPACES;
         if n_subspaces == 0 {
             return None;
         }
-        let held: f32 = variances.iter().sum();
-        let rest = (total - held).max(0.0) / (dim - variances.len()).max(1) as f32;
-        let squares: f32 = variances.iter().map(|v| (v / total).powi(2)).sum();
+        let held = f64::from(variances.iter().sum::<f32>()) * n as f64 / dot(&stretched, &stretched);
+        let rest = (1.0 - held).max(0.0) as f32 * total / dim as f32;
         let widths = deal(&variances, n_subspaces);
-        let turned = products(&axes, offsets, dim);
+        let turned = products(&axes, &stretched, dim);
         let n_axes = variances.len();
+        let query_axes: Arc<[f32]> = warp.undo(&axes).into();
         let mut book = Self {
             dim,
-            axes,
+            row_axes: if warp.is_none() { Arc::clone(&query_axes) } else { warp.apply(&axes).into() },
             widths,
+            query_axes,
             words: vec![0.0; n_axes * WORDS],
             errors: vec![0.0; n_axes],
             variances,
             rest,
             total,
-            mean_deviation: squares.sqrt(),
+            mean_deviation: 0.0,
             mean_error: 0.0,
             n_rows,
         };
@@ -114,9 +119,13 @@ impl Book {
             book.errors[first..first + width].copy_from_slice(&errors);
             first += width;
         }
-        let error: f32 =
-            book.errors.iter().zip(&book.variances).map(|(error, variance)| error * (variance / total)).sum();
-        book.mean_error = (error + rest * (total - held).max(0.0) / total).sqrt();
+        // What products of offsets with each other hold along each axis.
+        let mut seen = vec![0.0_f32; n_axes];
+        for row in products(&book.query_axes, offsets, dim).chunks_exact(n_axes) {
+            seen.iter_mut().zip(row).for_each(|(sum, x)| *sum += x * x / (n as f32 * total));
+        }
+        book.mean_error = (dot(&book.errors, &seen) as f32 + rest).sqrt();
+        book.mean_deviation = (dot(&book.variances, &seen) as f32 / total).sqrt();
         Some(book)
     }
 
@@ -130,12 +139,13 @@ impl Book {
 
     /// Bytes of the book itself.
     pub(super) fn heap_bytes(&self) -> usize {
-        4 * (self.axes.len() + self.words.len() + 2 * self.n_axes()) + 8 * self.widths.len()
+        let other = if Arc::ptr_eq(&self.row_axes, &self.query_axes) { 0 } else { self.query_axes.len() };
+        4 * (self.row_axes.len() + other + self.words.len() + 2 * self.n_axes()) + 8 * self.widths.len()
     }
 
     /// Codes of offsets `[n, dim]`: `[n, subspaces]`, each below 16.
     pub(super) fn encode(&self, offsets: &[f32]) -> Vec<u8> {
-        let turned = products(&self.axes, offsets, self.dim);
+        let turned = products(&self.row_axes, offsets, self.dim);
         let mut codes = Vec::with_capacity(offsets.len() / self.dim * self.n_subspaces());
         for row in turned.chunks_exact(self.n_axes()) {
             encode(Words { widths: &self.widths, words: &self.words }, row, &mut codes);
@@ -145,7 +155,7 @@ impl Book {
 
     /// Half squares of the coded rows `mean + codewords`, one per list of codes.
     pub(super) fn half_squares(&self, mean: &[f32], codes: &[u8]) -> Vec<f32> {
-        let turned = products(&self.axes, mean, self.dim);
+        let turned = products(&self.row_axes, mean, self.dim);
         let own = dot(mean, mean);
         let half = |codes: &[u8]| {
             let (mut axis, mut sum) = (0, own);
@@ -164,7 +174,7 @@ impl Book {
 
     /// Components of queries `[n, dim]` along the axes, `[n, n_axes]`.
     pub(super) fn turn(&self, queries: &[f32], out: &mut Vec<f32>) {
-        products_into(&self.axes, queries, self.dim, out);
+        products_into(&self.query_axes, queries, self.dim, out);
     }
 
     /// Fills the tables of a query with components `turned` and `query . query = square`.
@@ -173,10 +183,8 @@ impl Book {
         let per_length = if square > 0.0 { square.sqrt().recip() as f32 } else { 0.0 };
         out.shares.clear();
         out.shares.extend(turned.iter().map(|&q| (q * per_length) * (q * per_length)));
-        let inside = if square > 0.0 { dot(turned, turned) / square } else { 0.0 };
-        let outside = (1.0 - inside).max(0.0) * f64::from(self.rest);
-        let spread = dot(&out.shares, &self.variances) + outside;
-        let error = dot(&out.shares, &self.errors) + outside;
+        let spread = dot(&out.shares, &self.variances) + f64::from(self.rest);
+        let error = dot(&out.shares, &self.errors) + f64::from(self.rest);
         out.deviation = (square * spread / f64::from(self.total)).sqrt() as f32;
         out.error = (square * error).sqrt() as f32;
         (out.mean_deviation, out.mean_error) = (self.mean_deviation, self.mean_error);
@@ -287,7 +295,7 @@ mod tests {
         offsets
             .chunks_exact_mut(dim)
             .for_each(|row| row.iter_mut().enumerate().for_each(|(d, x)| *x /= (d + 2) as f32));
-        let book = Book::train(&offsets, dim, 3000).unwrap();
+        let book = Book::train(&offsets, dim, 3000, &Warp::of(&noise(900 * dim, 13), dim, |share| share)).unwrap();
         let codes = book.encode(&offsets);
         let (mut tables, mut turned) = (Tables::default(), Vec::new());
         for query in noise(10 * dim, 12).chunks_exact(dim) {
@@ -311,6 +319,6 @@ mod tests {
 
     #[test]
     fn rows_that_are_all_alike_get_no_book() {
-        assert!(Book::train(&[0.0; 320], 32, 10).is_none());
+        assert!(Book::train(&[0.0; 320], 32, 10, &Warp::none(32)).is_none());
     }
 }

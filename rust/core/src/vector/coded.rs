@@ -118,6 +118,8 @@ pub(super) struct CodedSearch<'a> {
     pub(super) probe: &'a mut Probe,
     pub(super) levels: &'a Levels,
     pub(super) whole: &'a [bool],
+    /// All pages are ranked, not those of some blocks.
+    pub(super) flat: bool,
     pub(super) work: &'a mut Work,
     /// What a row must reach to stay in the race.
     floor: f32,
@@ -129,8 +131,8 @@ impl Reach {
     /// (docs/LOG.md), random directions and small clusters, which need many rows; with one about as much for rows as for
     /// pages. Rows near an L2 query differ by less than rows of large product do, so they need more care.
     pub(super) fn of(metric: Metric, k: usize, beam: Option<usize>) -> Self {
-        let n_rows = |all: usize, per_root: usize| match beam {
-            Some(beam) => (4 * k).saturating_add((per_root * beam.isqrt()).max(beam / 2)),
+        let n_rows = |all: usize, halves: usize, per_root: usize| match beam {
+            Some(beam) => (halves.saturating_mul(k) / 2).saturating_add((per_root * beam.isqrt()).max(beam / 2)),
             None => all * k + 256,
         };
         // Who asks for many pages asks for the last hundredth of the neighbours too.
@@ -138,9 +140,9 @@ impl Reach {
         // Without a number of pages, pages thinned by removals must not hide their rows: with 4 recall falls by .012.
         let pages = if beam.is_some() { 4.0 } else { 5.0 };
         match metric {
-            Metric::InnerProduct => Self { pages, blocks: 1.0, n_rows: n_rows(16, 10), errors: 4.5 + more, beam },
-            Metric::SquaredL2 => Self { pages: 5.0, blocks: 0.3, n_rows: n_rows(16, 16), errors: 5.0, beam },
-            Metric::Cosine => Self { pages: 5.0, blocks: 0.5, n_rows: n_rows(32, 10), errors: 5.0, beam },
+            Metric::InnerProduct => Self { pages, blocks: 1.0, n_rows: n_rows(16, 5, 6), errors: 4.5 + more, beam },
+            Metric::SquaredL2 => Self { pages: pages + 1.5, blocks: 0.3, n_rows: n_rows(16, 6, 16), errors: 5.0, beam },
+            Metric::Cosine => Self { pages: 5.0, blocks: 0.5, n_rows: n_rows(32, 5, 10), errors: 6.5, beam },
         }
     }
 }
@@ -163,13 +165,13 @@ impl Task<'_> {
         for (probe, turned) in scratch.probes.iter_mut().zip(scratch.turned.chunks_exact(book.n_axes())) {
             book.tables(turned, f64::from(probe.prepared.square), &mut probe.tables);
         }
-        self.rank(scratch, n);
+        let flat = self.rank(scratch, n);
         let Scratch { probes, levels, whole, work, nearest, .. } = scratch;
         let mut visited = 0;
         for probe in &mut probes[..n] {
             work.scores.clear();
             work.places.clear();
-            let search = CodedSearch { task: self, probe, levels, whole, work, floor: f32::MIN, visited: 0 };
+            let search = CodedSearch { task: self, probe, levels, whole, flat, work, floor: f32::MIN, visited: 0 };
             visited += search.run(nearest);
             write(nearest);
         }
@@ -252,7 +254,7 @@ impl CodedSearch<'_> {
 
     /// Ranks the pages of the `n` most promising blocks and of some more that promise as much.
     fn rank_best_blocks(&mut self, n: usize) {
-        if self.probe.ranked.contains(&false) {
+        if !self.flat {
             let least = bar(&self.probe.tops, n, n / 8);
             self.rank_blocks(least);
         }
@@ -269,24 +271,27 @@ impl CodedSearch<'_> {
     fn choose(&mut self, n: usize) {
         let Work { floats, .. } = &mut *self.work;
         floats.clear();
-        if self.probe.ranked.contains(&false) {
+        if self.flat {
+            floats.extend_from_slice(&self.probe.tops);
+        } else {
             let tops = self.probe.tops.iter().zip(&self.probe.ranked);
             floats.extend(tops.filter(|(_, ranked)| **ranked).map(|(top, _)| *top));
-        } else {
-            floats.extend_from_slice(&self.probe.tops);
         }
         // So many blocks with a page that promises as much hold at least as many pages that do.
         let least = bar(floats, n, n / 8);
         self.collect(least);
-        let Work { pages, floats, order, .. } = &mut *self.work;
+        let Work { pages, floats, order, indices, .. } = &mut *self.work;
         if pages.len() <= n {
             return;
         }
         let promises = &self.probe.promises;
         floats.clear();
         floats.extend(pages.iter().map(|&page| promises[page as usize]));
-        let least = bar(floats, n, 0);
-        pages.retain(|&page| promises[page as usize] >= least);
+        indices_at_least(floats, bar(floats, n, 0), indices);
+        for (to, &from) in indices.iter().enumerate() {
+            pages[to] = pages[from as usize];
+        }
+        pages.truncate(indices.len());
         if pages.len() > n {
             order.clear();
             order.extend(pages.iter().map(|&page| rank_key(promises[page as usize], page)));
@@ -299,7 +304,7 @@ impl CodedSearch<'_> {
     /// Lists the ranked pages that promise at least `least`.
     fn collect(&mut self, least: f32) {
         let Work { pages, indices, .. } = &mut *self.work;
-        if !self.probe.ranked.contains(&false) {
+        if self.flat {
             indices_at_least(&self.probe.promises, least, pages);
             return;
         }

@@ -14,6 +14,7 @@ use rayon::prelude::*;
 use super::axes::products;
 use super::book::Book;
 use super::metric::{Metric, dot};
+use super::warp::Warp;
 use crate::config::{GROUP_PAGES, PAGE_TOKENS, SEGMENT_GROUPS, SEGMENT_TOKENS};
 use crate::rows::decode;
 use crate::segment::{Segment, quantise};
@@ -68,7 +69,7 @@ pub(super) struct Codes {
 }
 
 /// The codes of a view, taking over what `old` holds already; `None` where codes do not pay. Call it in a pool.
-pub(super) fn renew(old: Option<&Arc<Codes>>, view: &View, metric: Metric) -> Option<Arc<Codes>> {
+pub(super) fn renew(old: Option<&Arc<Codes>>, view: &View, metric: Metric, mean: &[f32]) -> Option<Arc<Codes>> {
     let segments: Vec<&Arc<Segment>> = view.snapshot().segments.iter().map(|entry| &entry.segment).collect();
     let n_rows: usize = segments.iter().map(|segment| segment.n_tokens()).sum();
     let dim = segments.first()?.layout().key_dim;
@@ -76,9 +77,11 @@ pub(super) fn renew(old: Option<&Arc<Codes>>, view: &View, metric: Metric) -> Op
         return None;
     }
     let old = old.filter(|old| old.book.n_rows * GROWTH > n_rows);
-    let book = match old {
-        Some(old) => Arc::clone(&old.book),
-        None => Arc::new(Book::train(&sample(&segments, dim), dim, n_rows)?),
+    let book = if let Some(old) = old {
+        Arc::clone(&old.book)
+    } else {
+        let sample = Sample::of(&segments, mean);
+        Arc::new(Book::train(&sample.offsets, dim, n_rows, &sample.warp(metric, dim))?)
     };
     let known = |at: usize| {
         let codes = old?.segments.get(at)?;
@@ -155,6 +158,11 @@ impl SegmentCodes {
         Some(Shifts { rows, step: self.shift_steps[page] })
     }
 
+    /// Position of a slot among those of the segment.
+    pub(super) fn local(&self, page: usize, slot: usize) -> usize {
+        usize::from(self.segment.locals(page)[slot])
+    }
+
     /// The stored row of a slot.
     pub(super) fn key(&self, page: usize, slot: usize) -> &[u8] {
         let bytes = self.segment.layout().key_bytes();
@@ -203,7 +211,9 @@ impl GroupBlock {
         for (page, mean) in pages.zip(&means) {
             let apart: f32 = mean.iter().zip(&center).map(|(m, c)| (m - c) * (m - c)).sum();
             square += share(page) * (summaries.spreads[page].powi(2) + apart);
-            half += share(page) * codes.halves.get(page).copied().unwrap_or(0.0);
+            if !codes.halves.is_empty() {
+                half += share(page) * 0.5 * (summaries.spreads[page].powi(2) + summaries.mean_squares[page]);
+            }
         }
         self.scales[lane] = scale;
         self.spreads[lane] = square.sqrt() * alignment(&means, &center);
@@ -238,15 +248,40 @@ fn page_offsets(segment: &Segment, page: usize, mean: &[f32]) -> Vec<f32> {
     rows
 }
 
-/// Offsets of the rows of pages at equal distances, at most [`SAMPLE`] numbers.
-fn sample(segments: &[&Arc<Segment>], dim: usize) -> Vec<f32> {
-    let pages: Vec<(&Arc<Segment>, usize)> =
-        segments.iter().flat_map(|segment| (0..segment.n_pages()).map(move |page| (*segment, page))).collect();
-    let wanted = (SAMPLE / dim / PAGE_TOKENS).max(1);
-    let step = pages.len().div_ceil(wanted);
-    let mut offsets = Vec::new();
-    for &(segment, page) in pages.iter().step_by(step) {
-        offsets.extend(page_offsets(segment, page, &page_mean(segment, page)));
+/// Rows of pages at equal distances, at most [`SAMPLE`] numbers.
+struct Sample {
+    /// From the means of their pages, `[n, dim]`.
+    offsets: Vec<f32>,
+    /// Before the index's mean was taken out, `[n, dim]`.
+    whole: Vec<f32>,
+}
+
+impl Sample {
+    fn of(segments: &[&Arc<Segment>], mean: &[f32]) -> Self {
+        let pages: Vec<(&Arc<Segment>, usize)> =
+            segments.iter().flat_map(|segment| (0..segment.n_pages()).map(move |page| (*segment, page))).collect();
+        let wanted = (SAMPLE / mean.len() / PAGE_TOKENS).max(1);
+        let step = pages.len().div_ceil(wanted);
+        let (mut offsets, mut whole) = (Vec::new(), Vec::new());
+        for &(segment, page) in pages.iter().step_by(step) {
+            let center = page_mean(segment, page);
+            let from = offsets.len();
+            offsets.extend(page_offsets(segment, page, &center));
+            let center: Vec<f32> = center.iter().zip(mean).map(|(a, b)| a + b).collect();
+            for row in offsets[from..].chunks_exact(mean.len()) {
+                whole.extend(row.iter().zip(&center).map(|(x, c)| x + c));
+            }
+        }
+        Self { offsets, whole }
     }
-    offsets
+
+    /// Which coding errors matter more than others.
+    fn warp(&self, metric: Metric, dim: usize) -> Warp {
+        match metric {
+            Metric::InnerProduct => Warp::of(&self.whole, dim, |share| share),
+            Metric::Cosine => Warp::of(&self.whole, dim, f32::sqrt),
+            // Squares of coded rows ask for orthonormal axes, and one copy of them keeps within 48 bytes a vector.
+            Metric::SquaredL2 => Warp::none(dim),
+        }
+    }
 }

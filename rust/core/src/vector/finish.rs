@@ -6,7 +6,7 @@
 
 use super::coded::{CodedSearch, Task, Work, nth_largest};
 use super::metric::Metric;
-use crate::config::{PAGE_TOKENS, SEGMENT_PAGES};
+use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
 use crate::layout::Dtype;
 use crate::math::{rank_index, rank_key};
 use crate::rows::decode;
@@ -25,8 +25,10 @@ impl<'a> CodedSearch<'a> {
         self.work.chosen.clear();
         let k = self.task.k;
         let first = FIRST_ROWS * k + SPARE;
-        let mut keys = Vec::with_capacity(self.work.scores.len());
-        let bar_first = bar(&self.work.scores, first, first / 4);
+        let n = self.work.scores.len();
+        let mut keys = Vec::with_capacity(n);
+        // Few more than the first ones: not worth a choice.
+        let bar_first = if n <= 2 * first { f32::MIN } else { bar(&self.work.scores, first, first / 4) };
         self.work.split(bar_first, f32::INFINITY);
         self.work.exact.clear();
         self.score_exactly(&mut keys);
@@ -91,18 +93,17 @@ impl<'a> CodedSearch<'a> {
         }
         let dtype = state.layout().dtype;
         decoded.resize(state.dim(), 0.0);
-        for &at in &*indices {
-            let (place, key) = (chosen[at as usize] as usize, keys[at as usize]);
-            let Some(page) = state.view.page(place / PAGE_TOKENS) else { continue };
-            let id = state.id(page.position(place % PAGE_TOKENS));
-            let distance = match bytemuck::try_cast_slice(key) {
+        // Ids lie anywhere in memory: asked for one after the other, not between sums, they arrive together.
+        nearest.extend(indices.iter().map(|&at| (0.0, self.task.id(chosen[at as usize]))));
+        for (&at, (out, _)) in indices.iter().zip(&mut *nearest) {
+            let key = keys[at as usize];
+            *out = match bytemuck::try_cast_slice(key) {
                 Ok(row) if dtype == Dtype::F32 => metric.distance(prepared, row),
                 _ => {
                     decode(dtype, key, decoded);
                     metric.distance(prepared, decoded)
                 }
             };
-            nearest.push((distance, id));
         }
         nearest.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1)));
         nearest.truncate(self.task.k);
@@ -127,5 +128,15 @@ impl<'a> Task<'a> {
             return codes.key(ordinal % SEGMENT_PAGES, slot);
         }
         self.state.view.page(ordinal).map_or(&[], |page| page.row(slot).key)
+    }
+
+    /// The id of a place.
+    fn id(&self, place: u32) -> i64 {
+        let (ordinal, slot) = (place as usize / PAGE_TOKENS, place as usize % PAGE_TOKENS);
+        if let Some(codes) = self.codes.segments.get(ordinal / SEGMENT_PAGES) {
+            let segment = ordinal / SEGMENT_PAGES * SEGMENT_TOKENS;
+            return self.state.id(segment + codes.local(ordinal % SEGMENT_PAGES, slot));
+        }
+        self.state.view.page(ordinal).map_or(-1, |page| self.state.id(page.position(slot)))
     }
 }

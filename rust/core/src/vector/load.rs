@@ -49,7 +49,7 @@ impl VectorIndex {
         let ((config, mut state), forest) = finish(pool, content, entries, forest.store())?;
         // A mapped index has none: they are made from all rows, and it should not read them.
         if config.codes {
-            state.codes = pool.install(|| codes::renew(None, &state.view, config.metric));
+            state.codes = pool.install(|| codes::renew(None, &state.view, config.metric, &state.mean));
         }
         Ok(Self::from_parts(config, Some(forest), state))
     }

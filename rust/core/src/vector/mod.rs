@@ -48,6 +48,7 @@ mod row_ids;
 mod save;
 mod search;
 mod state;
+mod warp;
 mod write;
 
 pub use curve::RecallPoint;

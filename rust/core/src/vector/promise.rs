@@ -8,6 +8,7 @@ use crate::config::{SEGMENT_GROUPS, SEGMENT_PAGES, SEGMENT_TOKENS};
 use crate::simd::BLOCK;
 use crate::simd::bytes::Levels;
 use crate::simd::promise::{Aim, Summary, promise};
+use crate::simd::select::indices_at_least;
 
 /// Blocks (of 256 vectors) up to which all page summaries are read. Summaries of blocks do not stand for vectors that came in
 /// small batches, which lie anywhere: see "Churn at 200,000" in docs/LOG.md.
@@ -41,8 +42,9 @@ impl Probe {
 }
 
 impl Task<'_> {
-    /// Promises of all blocks, and of all pages unless there are too many, to all queries of the tile.
-    pub(super) fn rank(&self, scratch: &mut Scratch, n_queries: usize) {
+    /// Promises of all blocks, and of all pages unless there are too many, to all queries of the tile. Returns whether
+    /// all pages were ranked.
+    pub(super) fn rank(&self, scratch: &mut Scratch, n_queries: usize) -> bool {
         let n_segments = self.codes.segments.len();
         let n_blocks = n_segments * SEGMENT_GROUPS;
         let flat = n_blocks <= FLAT_BLOCKS;
@@ -75,6 +77,7 @@ impl Task<'_> {
                     spreads: &groups.spreads,
                     squares: &groups.mean_squares,
                     halves: Some(&groups.halves),
+                    whole_halves: false,
                 };
                 for (probe, raw) in probes.iter_mut().zip(raw.as_chunks::<BLOCK>().0) {
                     let (mut centers, mut promises) = ([0.0; BLOCK], [0.0; BLOCK]);
@@ -86,6 +89,7 @@ impl Task<'_> {
         for probe in probes {
             probe.tops.truncate(n_blocks);
         }
+        flat
     }
 
     /// Promises of the 16 pages of a block to some queries, neighbours in the tile.
@@ -109,6 +113,7 @@ impl Task<'_> {
             spreads: lanes_of(&summaries.spreads, lanes),
             squares: lanes_of(&summaries.mean_squares, lanes),
             halves: self.codes.segments[segment].halves.get(lanes..).and_then(<[f32]>::first_chunk),
+            whole_halves: self.metric == Metric::SquaredL2,
         };
         let promise = promise();
         for (probe, raw) in probes.iter_mut().zip(raw.as_chunks::<BLOCK>().0) {
@@ -146,12 +151,26 @@ impl CodedSearch<'_> {
         self.probe.ranked[block] = true;
     }
 
+    /// Asks for the summaries of a block.
+    fn fetch(&self, block: usize) {
+        let entry = &self.task.state.view.snapshot().segments[block / SEGMENT_GROUPS];
+        let part = block % SEGMENT_GROUPS;
+        if part < entry.segment.summaries.n_blocks() {
+            crate::simd::bytes::fetch(entry.segment.summaries.block(part));
+        }
+    }
+
     /// Ranks the pages of all blocks that reach `least`.
     pub(super) fn rank_blocks(&mut self, least: f32) {
-        for block in 0..self.probe.tops.len() {
-            if !self.probe.ranked[block] && self.probe.tops[block] >= least {
-                self.rank_pages(block);
+        let mut blocks = std::mem::take(&mut self.work.indices);
+        indices_at_least(&self.probe.tops, least, &mut blocks);
+        blocks.retain(|&block| !self.probe.ranked[block as usize]);
+        for (at, &block) in blocks.iter().enumerate() {
+            if let Some(&next) = blocks.get(at + 1) {
+                self.fetch(next as usize);
             }
+            self.rank_pages(block as usize);
         }
+        self.work.indices = blocks;
     }
 }

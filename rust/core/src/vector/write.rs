@@ -242,7 +242,7 @@ pub(super) fn append_ordered(
     }
     state.view = forest.heads()[0].view();
     if config.codes && !Arc::ptr_eq(&before, &state.view.snapshot().segments) {
-        state.codes = pool.install(|| codes::renew(state.codes.as_ref(), &state.view, config.metric));
+        state.codes = pool.install(|| codes::renew(state.codes.as_ref(), &state.view, config.metric, &state.mean));
     }
     state.n_live += order.len();
     Ok(())
