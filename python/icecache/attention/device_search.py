@@ -20,7 +20,7 @@ from icecache.errors import BadTensorError, EngineError, SearchMemoryError
 from icecache.pages import LayerPages
 from icecache.select import Services
 
-_GROWTH_PART = 32
+_GROWTH_PART = 64
 """A context may grow by this part, and some 1,000 tokens, before its summaries move; then the step is captured anew,
 which takes .1 s at 36k tokens. Room that is not used yet counts as memory of the device."""
 BOTH_BITS_BYTES = 1 << 30

@@ -262,11 +262,11 @@ def test_a_context_that_outgrows_its_slots_is_captured_anew(monkeypatch):
 @pytest.mark.parametrize(
     ("bits", "limit", "n_pages", "expected"),
     [
-        (None, None, 2304, (2, 2496)),  # 36k tokens of an 8B model
-        (None, None, 8192, (1, 8512)),  # 128k: both bits would pass a GiB
-        (2, None, 8192, (2, 8512)),
-        (1, None, 2304, (1, 2496)),
-        (None, 300 << 20, 2304, (1, 2496)),  # both bits would not fit
+        (None, None, 2304, (2, 2432)),  # 36k tokens of an 8B model
+        (None, None, 8192, (1, 8384)),  # 128k: both bits would pass a GiB
+        (2, None, 8192, (2, 8384)),
+        (1, None, 2304, (1, 2432)),
+        (None, 300 << 20, 2304, (1, 2432)),  # both bits would not fit
         (None, 210 << 20, 2304, (1, 2304)),  # no room to grow
     ],
 )
@@ -278,7 +278,7 @@ def test_both_bits_and_room_to_grow_are_kept_where_they_fit(bits, limit, n_pages
     near = 2 * 32 * 8 * (97 + 96) * 128 * 2
     if n_pages == 8192 and bits is None:
         share = (found.nbytes(shape) + near) / (n_pages * 16 * 32 * 8 * 128 * 2 * 2)
-        assert share < 0.048, "128k tokens leave at most 5 % of themselves on the device, workspaces included"
+        assert share < 0.0472, "128k tokens leave at most 5 % of themselves on the device, workspaces (.27 %) included"
 
 
 @pytest.mark.gpu
