@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -187,6 +187,28 @@ def _loaded_axis(axis: Axes, results: Results, group: curves.Group, chosen: curv
     axis.grid(visible=True)
 
 
+def _arm_curves(
+    results: Results, xs: Sequence[float], scores: Mapping[str, Sequence[Interval]], label: str, *, bands: bool
+) -> tuple[Figure, Axes]:
+    """Draw the scores of arms over `xs`, full attention dashed; without `bands` only ours has its interval."""
+    policies = list(curves.by_policy(results.arms))
+    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
+    axis = figure.add_subplot()
+    for arm, means in scores.items():
+        if arm == "full":
+            points = [100 * mean.estimate for mean in means]
+            axis.plot(xs, points, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="full")
+            continue
+        looks = looks_of(arm.partition("@")[0], policies)
+        _plot(axis, xs, means, arm, looks, band=bands or looks.colour == OURS)  # all would hide the lines
+    axis.set_ylim(-3, 103)
+    axis.grid(visible=True)
+    axis.set_xlabel(label)
+    axis.set_ylabel("score, points")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure, axis
+
+
 def _length_curve(results: Results, setup: Setup, budget: int | None) -> Iterator[Drawing]:
     """Score against the context's length at one budget."""
     groups = [(s, length) for s, length in results.groups if s == setup and length]
@@ -195,25 +217,12 @@ def _length_curve(results: Results, setup: Setup, budget: int | None) -> Iterato
     chosen = curves.shared(results, groups, [arm for arm in results.arms if budget_of(arm) == budget])
     if chosen is None:
         return
-    policies = list(curves.by_policy(results.arms))
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-    axis = figure.add_subplot()
     lengths = [length for _, length in groups]
-    for arm in chosen.arms:
-        means = [curves.macro(results, group, chosen.tasks, arm) for group in groups]
-        if arm == "full":
-            scores = [100 * mean.estimate for mean in means]
-            axis.plot(lengths, scores, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="full")
-            continue
-        _plot(axis, lengths, means, arm, looks_of(arm.partition("@")[0], policies), band=True)
+    scores = {arm: [curves.macro(results, group, chosen.tasks, arm) for group in groups] for arm in chosen.arms}
+    figure, axis = _arm_curves(results, lengths, scores, "tokens of context", bands=True)
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_ylim(-3, 103)
-    axis.grid(visible=True)
-    axis.set_xlabel("tokens of context")
-    axis.set_ylabel("score, points")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     yield Drawing(
         f"Score against length: setup {setup}, budget {budget}",
         f"Macro average over {', '.join(chosen.tasks)}; bands: 95 % intervals." + _left_out(chosen.left_out),
@@ -227,24 +236,10 @@ def _generated_curve(results: Results, setup: Setup, budget: int | None) -> Iter
     found = curves.by_generated(results, groups, [arm for arm in results.arms if budget_of(arm) == budget])
     if found is None:
         return
-    policies = list(curves.by_policy(results.arms))
-    figure = Figure(figsize=(WIDTH, 4.2), layout="constrained")
-    axis = figure.add_subplot()
     places = range(len(found.edges))
-    for arm, means in found.scores.items():
-        if arm == "full":
-            scores = [100 * mean.estimate for mean in means]
-            axis.plot(places, scores, color=INK, linestyle=(0, (4, 3)), linewidth=1.2, label="full")
-            continue
-        looks = looks_of(arm.partition("@")[0], policies)
-        _plot(axis, places, means, arm, looks, band=looks.colour == OURS)  # of all of them they would hide the lines
+    figure, axis = _arm_curves(results, places, found.scores, "generated tokens", bands=False)
     names = [f"{low}" if low == high else f"{low} to {high}" for low, high in found.edges]
     axis.set_xticks(places, [f"{name}\n(n = {n})" for name, n in zip(names, found.counts, strict=True)])
-    axis.set_ylim(-3, 103)
-    axis.grid(visible=True)
-    axis.set_xlabel("generated tokens")
-    axis.set_ylabel("score, points")
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     yield Drawing(
         f"Score against generated tokens: setup {setup}, budget {budget}",
         f"All samples of {', '.join(found.tasks)}, by how long full attention's answer is; band: ours, 95 %. "
