@@ -161,10 +161,11 @@ class DeviceSearch:
         """Room to grow and both bits as far as they fit, and at least what is needed."""
         from icecache.kernels.page_select import MAX_SLOTS
 
-        slack = needed + needed // _GROWTH_PART + 64
-        options = [(1, slack), (1, needed)] if self._bits is None else [(self._bits, slack), (self._bits, needed)]
-        shapes = [FinderShape(min(n + -n % 64, MAX_SLOTS), bits, n_pages) for bits, n in options]
-        both = FinderShape(shapes[0].n_slots, 2, n_pages)
+        def made(bits: int, n: int) -> FinderShape:
+            return FinderShape(min(n + -n % 64, MAX_SLOTS), bits, n_pages)
+
+        room, bits = needed + needed // _GROWTH_PART + 64, self._bits or 1
+        shapes, both = [made(bits, room), made(bits, needed)], made(2, room)
         if self._bits is None and both.nbytes(step.shape) <= BOTH_BITS_BYTES:
             shapes.insert(0, both)
         limit = self._limit
