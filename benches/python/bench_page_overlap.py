@@ -16,20 +16,15 @@ from collections import OrderedDict
 
 import numpy as np
 import torch
-from icecache import IceRuntime, _core
 from icecache.eval.needle import load_needle, make_samples
-from icecache.eval.needle.runner import ask
-from icecache.hf.names import cache_argument
 from icecache.kernels.page_exact import page_exact_ref
-from icecache.pages import as_bytes
-from icecache.select import Request, TreeSearch
-from transformers import DynamicCache
+from icecache.select import Request
+from requests_seen import Place, answer, page_keys, prefill
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 PAGES = (13, 48, 61)
 """Read at a budget of 256; scored from their keys there; read at a budget of 1,024."""
 CACHES = (2, 4, 8)
-Place = tuple[int, int, int]
 
 
 class Ranks:
@@ -45,7 +40,8 @@ class Ranks:
     def __call__(self, request: Request) -> None:
         """Rank all pages of one layer for one step."""
         if (request.layer, 0, 0) not in self._keys:
-            self._read_keys(request)
+            for place, keys, live in page_keys(request):
+                self._keys[place] = torch.where(live[..., None], keys, 0.0), live
         guess = self.guess.pop(request.layer, None)
         for row, forest in enumerate(request.forests):
             for head in range(forest.n_kv_heads):
@@ -56,17 +52,6 @@ class Ranks:
                     other = guess[row, :, 0].unflatten(0, (forest.n_kv_heads, -1))[head]
                     self.cosines.append(float(torch.cosine_similarity(query, other, dim=-1).mean()))
                     self.estimated.setdefault(place, []).append(self._ranked(place, other, request.scaling))
-
-    def _read_keys(self, request: Request) -> None:
-        for row, forest in enumerate(request.forests):
-            shape = forest.n_kv_heads, len(forest)
-            keys, values = (torch.empty(*shape, n, dtype=request.dtype) for n in (request.key_dim, request.value_dim))
-            forest.read(0, len(forest), as_bytes(keys), as_bytes(values))
-            places = torch.from_numpy(_core.all_pages([forest]).positions()[0]).long()
-            for head in range(forest.n_kv_heads):
-                at = places[head][(places[head] >= 0).any(1)]
-                masked = torch.where((at >= 0)[..., None], keys[head][at.clamp(min=0)].float(), 0.0)
-                self._keys[request.layer, row, head] = masked, at >= 0
 
     def _ranked(self, place: Place, query: torch.Tensor, scaling: float) -> np.ndarray:
         keys, live = self._keys[place]
@@ -135,27 +120,16 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = load_needle("cpu", torch.float32)
-    read = TreeSearch.read
     for task in args.tasks:
         ranks = Ranks()
         batch = make_samples(task, args.length, args.samples, seed=args.seed, rows_per_seed=args.samples)
-
-        def recording(self, services, request, ranks=ranks):  # type: ignore[no-untyped-def]
-            ranks(request)
-            return read(self, services, request)
-
-        with torch.inference_mode():
-            cache = DynamicCache(config=model.config)
-            model(torch.tensor([x.context for x in batch]), **cache_argument(cache), use_cache=True, logits_to_keep=1)
-            handles = estimate_next(model, ranks)
-            TreeSearch.read = recording  # type: ignore[method-assign]
-            try:
-                with IceRuntime.wrap(model, budget=256) as runtime:
-                    ask(model, tokenizer, batch, runtime.adopt(cache))
-            finally:
-                TreeSearch.read = read  # type: ignore[method-assign]
-                for handle in handles:
-                    handle.remove()
+        cache = prefill(model, batch)
+        handles = estimate_next(model, ranks)
+        try:
+            answer(model, tokenizer, batch, cache, ranks)
+        finally:
+            for handle in handles:
+                handle.remove()
         report(task, ranks)
 
 

@@ -6,7 +6,7 @@
 Contexts are prefilled densely; question and answer run under a budget of 256, and some queries of all layers and
 heads are kept with the pages there are. Ways: `means` as the host ranks (mean + .25 radius, without its int8 rounding),
 candidates scored from all keys; `2 bits` as the device does with both bits there, from all keys of a candidate or its
-best; `1 bit` as it does by default: four times as many candidates by signs, of them the candidates by both bits.
+best; `1 bit` as it does for long contexts: four times as many candidates by signs, of them the candidates by both bits.
 Behind the mean stands how many of 1000 queries lose more than .05 of one head's mass: a lost answer is one such query.
 """
 
@@ -17,19 +17,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from icecache import IceRuntime, _core
 from icecache.attention.finder import BEST_TOKENS, COARSE
 from icecache.eval.needle import load_needle, make_samples
-from icecache.eval.needle.runner import ask
-from icecache.hf.names import cache_argument
 from icecache.kernels.page_codes import decoded, empty_codes, page_codes_ref, rotation_matrix
 from icecache.kernels.page_exact import page_best_ref, page_exact_ref
 from icecache.kernels.page_pick import page_pick_ref
 from icecache.kernels.page_refine import page_refine_ref
 from icecache.kernels.page_scan import REACH, page_scan_ref
-from icecache.pages import as_bytes
-from icecache.select import Request, TreeSearch
-from transformers import AutoModelForCausalLM, DynamicCache
+from icecache.select import Request
+from requests_seen import Place, answer, page_keys, prefill
+from transformers import AutoModelForCausalLM
 
 MEAN_REACH = 0.25
 
@@ -39,22 +36,14 @@ class Recorder:
 
     def __init__(self, every: int) -> None:
         self.every, self.steps = every, 0
-        self.seen: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], float]] = {}
+        self.seen: dict[Place, tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], float]] = {}
 
     def __call__(self, request: Request) -> None:
         """Look at one request of one layer."""
         first = not any(layer == request.layer for layer, _, _ in self.seen)
         self.steps += request.layer == 0
-        for row, forest in enumerate(request.forests if first else ()):
-            keys, values = (
-                torch.empty(forest.n_kv_heads, len(forest), dim, dtype=request.dtype)
-                for dim in (request.key_dim, request.value_dim)
-            )
-            forest.read(0, len(forest), as_bytes(keys), as_bytes(values))
-            places = torch.from_numpy(_core.all_pages([forest]).positions()[0]).long()
-            for head in range(forest.n_kv_heads):
-                at = places[head][(places[head] >= 0).any(1)]
-                self.seen[request.layer, row, head] = keys[head][at.clamp(min=0)].float(), at >= 0, [], request.scaling
+        for place, keys, live in page_keys(request) if first else ():
+            self.seen[place] = keys, live, [], request.scaling
         if self.steps % self.every == 0:
             for (layer, row, head), kept in self.seen.items():
                 if layer == request.layer:
@@ -127,25 +116,10 @@ def main() -> None:
     model, tokenizer = load_needle("cpu", torch.float32)
     if args.model is not None:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    read = TreeSearch.read
     for task in args.tasks:
         recorder = Recorder(args.every)
         batch = make_samples(task, args.length, args.samples, seed=args.seed, rows_per_seed=args.samples)
-
-        def recording(self, services, request, recorder=recorder):  # type: ignore[no-untyped-def]
-            recorder(request)
-            return read(self, services, request)
-
-        with torch.inference_mode():
-            cache = DynamicCache(config=model.config)
-            tokens = torch.tensor([sample.context for sample in batch])
-            model(tokens, **cache_argument(cache), use_cache=True, logits_to_keep=1)
-            TreeSearch.read = recording  # type: ignore[method-assign]
-            try:
-                with IceRuntime.wrap(model, budget=256) as runtime:
-                    ask(model, tokenizer, batch, runtime.adopt(cache))
-            finally:
-                TreeSearch.read = read  # type: ignore[method-assign]
+        answer(model, tokenizer, batch, prefill(model, batch), recorder)
         losses: dict[tuple[str, int], list[tuple[float, int]]] = {}
         for keys, live, kept, scaling in recorder.seen.values():
             head = Head(keys, live, scaling)
