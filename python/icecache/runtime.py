@@ -172,8 +172,8 @@ class IceRuntime:
         """Make a cache of ours from a filled one, which stays usable.
 
         A plain ``DynamicCache`` (a dense prefill of this model, say) is paged and indexed; a cache of another runtime
-        on the same model is forked copy-on-write when sink and window agree, so one prefill and index serve several
-        budgets.
+        on the same model is forked copy-on-write when the sink is the same and the window no wider here, so one prefill
+        and index serve several budgets.
 
         Parameters
         ----------

@@ -90,8 +90,7 @@ class DeviceSearch:
         EngineError
             If it cannot.
         """
-        memory = self._services.stores.memory
-        if shape.device.type == "cuda" and (memory is None or not memory.is_pinned()):
+        if shape.device.type == "cuda" and not self._services.stores.is_pinned():
             msg = "the pages do not lie in page-locked memory"
             raise EngineError(msg)
 

@@ -58,10 +58,11 @@ class EngineSearch:
         EngineError
             If the device cannot read the pages in place.
         """
-        memory = self._services.stores.memory
-        if shape.device.type == "cuda" and (memory is None or not memory.is_pinned()):
+        stores = self._services.stores
+        if shape.device.type == "cuda" and not stores.is_pinned():
             msg = "the pages do not lie in page-locked memory"
             raise EngineError(msg)
+        memory = stores.memory
         if memory is None:  # a device that is the CPU itself: any memory will do
             memory = self._memory = self._memory or _core.HostMemory(self._services.pool, pin="never")
         if self._engine is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from icecache.bench.filled import Filled
 from icecache.bench.methods import Decoding, start
 from icecache.bench.parts import PROFILED_STEPS
 from icecache.bench.parts import device_parts as _device_parts
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 WARM_UP_STEPS = 4
 """The first step captures the graph or loads kernels, the others fill allocators."""
+SLOW_STEPS = {"hf-offload": 8}
+"""Most steps of methods that copy the whole context in each: 2 s at 300k tokens of an 8B model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +38,7 @@ class Cell:
     context : int
         Tokens in the cache when decoding starts.
     steps : int
-        Tokens timed, after a few more that are not.
+        Tokens timed, after a few more that are not; fewer of `SLOW_STEPS`.
     prompt : bool
         Compute a prompt of random tokens instead of filling the cache with made-up keys and values.
     """
@@ -65,10 +68,14 @@ class Outcome:
     fill_s : float
         Writing the cache: the build of the index for ours, and with `prompt` the time to the first token, after a short
         prompt and two tokens that are not timed.
+    adopted : bool
+        Whether the pages are those of an earlier cell, so that `fill_s` says nothing.
     tt2t_s : float
         With `prompt`: time to the second token.
     kv_device_bytes : int
         Most bytes on the device beyond the weights while decoding, workspaces included.
+    prefill_peak_bytes : int
+        Most bytes on the device beyond the weights until the cache is filled; of a prompt, activations included.
     kv_host_bytes : int
         Keys and values on the host.
     """
@@ -79,8 +86,10 @@ class Outcome:
     steps_ms: list[float] = field(default_factory=list)
     first_ms: float = float("nan")
     fill_s: float = float("nan")
+    adopted: bool = False
     tt2t_s: float = float("nan")
     kv_device_bytes: int = 0
+    prefill_peak_bytes: int = 0
     kv_host_bytes: int = 0
     search_us_layer: float = float("nan")
     """Mean time from a request of a layer to its answer, microseconds."""
@@ -146,12 +155,21 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def measure(model: PreTrainedModel, cell: Cell, *, parts: bool = False) -> Outcome:
-    """Measure one cell, with `parts` also where a step's time goes; running out of memory is an outcome, not an end."""
-    device = model.device
+def measure(model: PreTrainedModel, cell: Cell, *, parts: bool = False, filled: Filled | None = None) -> Outcome:
+    """Measure one cell; running out of memory is an outcome, not an end.
+
+    Parameters
+    ----------
+    parts : bool, default=False
+        Measure where a step's time goes, too.
+    filled : Filled or None
+        For cells that follow one another and differ in budget alone.
+    """
+    device, filled = model.device, filled or Filled()
     try:
-        return _measure(model, cell, device, parts=parts)
+        return _measure(model, cell, device, filled, parts=parts)
     except (torch.OutOfMemoryError, MemoryError) as error:
+        filled.drop()
         return Outcome(error=f"out of memory: {str(error).splitlines()[0]}")
     finally:
         gc.collect()
@@ -159,7 +177,7 @@ def measure(model: PreTrainedModel, cell: Cell, *, parts: bool = False) -> Outco
             torch.cuda.empty_cache()
 
 
-def _measure(model: PreTrainedModel, cell: Cell, device: torch.device, *, parts: bool) -> Outcome:
+def _measure(model: PreTrainedModel, cell: Cell, device: torch.device, filled: Filled, *, parts: bool) -> Outcome:
     shape = SHAPES[cell.shape]
     content = Content(
         n_layers=shape.num_hidden_layers,
@@ -171,25 +189,30 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device, *, parts:
         device=device,
         seed=cell.seed,
     )
-    on_device = _used(device)
+    on_device = _used(device) - filled.device_bytes()
+    n_steps = min(cell.steps, SLOW_STEPS.get(cell.method, cell.steps))
     with torch.inference_mode():
         prompt = None
         if cell.prompt:
             generator = torch.Generator(device).manual_seed(cell.seed)
             size = (cell.batch, cell.context)
             prompt = torch.randint(3, shape.vocab_size, size, generator=generator, device=device)
-        n_new = cell.steps + WARM_UP_STEPS + PROFILED_STEPS + 1
+        n_new = n_steps + WARM_UP_STEPS + PROFILED_STEPS + 1
         _wait(device)
         began = time.perf_counter()
-        decoding = start(cell.method, model, content, budget=cell.budget, n_new=n_new, prompt=prompt)
+        decoding = start(cell.method, model, content, budget=cell.budget, n_new=n_new, prompt=prompt, filled=filled)
         try:
             started_s = _seconds_since(began, device)
             decoding.warm_up()
             _wait(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             began = time.perf_counter()
-            decoding.fill()
+            adopted = decoding.fill()
             fill_s = started_s + _seconds_since(began, device)
             host_bytes = _host_bytes(decoding, cell.method, content)
+            on_device += filled.device_bytes()
+            filling = _peak(device)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             warm = [_timed(decoding.step) for _ in range(WARM_UP_STEPS)]
@@ -198,8 +221,8 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device, *, parts:
                 spent = decoding.runtime.stats().ms  # ends the step, too, so that it is not counted below
                 fill_parts = {name: spent[name] for name in ("prefill_offload", "index_build")}
                 decoding.runtime.reset_stats()
-            times = [_timed(decoding.step) for _ in range(cell.steps)]
-            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            times = [_timed(decoding.step) for _ in range(n_steps)]
+            peak = _peak(device)
             stats = None if decoding.runtime is None else decoding.runtime.stats()
             device_parts = _device_parts(decoding.step) if parts and device.type == "cuda" else {}
             n_searches = 1 if decoding.runtime is None else len(decoding.runtime.layer_groups)
@@ -213,8 +236,10 @@ def _measure(model: PreTrainedModel, cell: Cell, device: torch.device, *, parts:
         steps_ms=[round(ms, 3) for ms in times],
         first_ms=warm[0],
         fill_s=fill_s,
+        adopted=adopted,
         tt2t_s=fill_s + warm[0] / 1e3 if cell.prompt else nan,
         kv_device_bytes=max(peak - on_device, 0),
+        prefill_peak_bytes=max(filling - on_device, 0),
         kv_host_bytes=host_bytes,
         fill_parts_ms=fill_parts,
         device_parts_us=device_parts,
@@ -246,6 +271,10 @@ def _timed(step: object) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _used(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from icecache.bench.baselines import StaticGraph
+from icecache.bench.filled import Filled
 from icecache.bench.fixed import FixedPages
 from icecache.bench.synthetic import Content, fill
 from icecache.config import IceConfig
@@ -62,7 +63,8 @@ class Decoding:
     step : callable
         Decode one token; ids (B, 1), asynchronously.
     fill : callable
-        Compute the prompt, or write the made-up keys and values; before the first step.
+        Compute the prompt, or write the made-up keys and values; before the first step. Says whether pages of an
+        earlier cell were taken over instead.
     warm_up : callable
         Do all of it once with a short prompt, so that what is done at first use only is done.
     close : callable
@@ -74,7 +76,7 @@ class Decoding:
     def __init__(
         self,
         step: Callable[[], torch.Tensor],
-        fill: Callable[[], None],
+        fill: Callable[[], bool],
         warm_up: Callable[[], None],
         close: Callable[[], object],
         runtime: IceRuntime | None = None,
@@ -83,7 +85,14 @@ class Decoding:
 
 
 def start(
-    method: str, model: PreTrainedModel, content: Content, *, budget: int, n_new: int, prompt: torch.Tensor | None
+    method: str,
+    model: PreTrainedModel,
+    content: Content,
+    *,
+    budget: int,
+    n_new: int,
+    prompt: torch.Tensor | None,
+    filled: Filled | None = None,
 ) -> Decoding:
     """Make a method ready to be filled and to decode `n_new` tokens then.
 
@@ -91,6 +100,8 @@ def start(
     ----------
     prompt : torch.Tensor or None
         Ids (B, n) to compute; None: the cache is filled with made-up keys and values.
+    filled : Filled or None
+        Where cells that differ in budget share such pages; None: nowhere.
 
     Raises
     ------
@@ -105,14 +116,21 @@ def start(
         raise ConfigError(msg)
     if method == "flash-graph":
         static = StaticGraph(model, content, n_new)
-        return Decoding(static.step, _nothing, _nothing, static.close)
+        return Decoding(static.step, lambda: False, _nothing, static.close)
     if method in ("hf", "hf-offload"):
         # cuDNN's attention plans each new length anew, 2 ms a layer on an H100 with torch 2.11: off for their own good.
         cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         torch.backends.cuda.enable_cudnn_sdp(False)
         offloads = method == "hf-offload"
         new_cache = lambda: DynamicCache(config=model.config, offloading=offloads)  # noqa: E731
-        return _decoding(model, new_cache, content, prompt, lambda: torch.backends.cuda.enable_cudnn_sdp(cudnn))
+
+        def fill_plain(cache: Cache) -> bool:
+            fill(cache, content)
+            return False
+
+        return _decoding(
+            model, new_cache, content, prompt, fill_plain, lambda: torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        )
     if method not in METHODS:
         msg = f"method must be one of {', '.join(METHODS)}, got {method!r}"
         raise ConfigError(msg)
@@ -120,7 +138,9 @@ def start(
     runtime = IceRuntime.wrap(model, config)
     if method == "ice-no-search":
         runtime._hooks.decode_with(GraphDecoder(model, runtime._engine, FixedPages(content.seed)))
-    return _decoding(model, runtime.new_cache, content, prompt, runtime.unwrap, runtime)
+    kept = filled or Filled()
+    fill_pages = lambda cache: kept.fill(runtime, cache, content)  # noqa: E731
+    return _decoding(model, runtime.new_cache, content, prompt, fill_pages, runtime.unwrap, runtime)
 
 
 def _nothing() -> None:
@@ -132,6 +152,7 @@ def _decoding(
     new_cache: Callable[[], Cache],
     content: Content,
     prompt: torch.Tensor | None,
+    fill_made_up: Callable[[Cache], bool],
     close: Callable[[], object],
     runtime: IceRuntime | None = None,
 ) -> Decoding:
@@ -141,19 +162,20 @@ def _decoding(
     def warm_up() -> None:
         if prompt is not None:
             short = new_cache()
-            _fill(model, short, content, prompt[:, :WARM_UP_TOKENS])
+            _compute(model, short, prompt[:, :WARM_UP_TOKENS])
             step = _greedy(model, short, content)
             step(), step()
 
-    return Decoding(
-        _greedy(model, cache, content), lambda: _fill(model, cache, content, prompt), warm_up, close, runtime
-    )
+    def fill_all() -> bool:
+        if prompt is None:
+            return fill_made_up(cache)
+        _compute(model, cache, prompt)
+        return False
+
+    return Decoding(_greedy(model, cache, content), fill_all, warm_up, close, runtime)
 
 
-def _fill(model: PreTrainedModel, cache: Cache, content: Content, prompt: torch.Tensor | None) -> None:
-    if prompt is None:
-        fill(cache, content)
-        return
+def _compute(model: PreTrainedModel, cache: Cache, prompt: torch.Tensor) -> None:
     for first in range(0, prompt.shape[1], CHUNK_TOKENS):
         chunk = prompt[:, first : first + CHUNK_TOKENS]
         model(chunk, **cache_argument(cache), use_cache=True, logits_to_keep=1)

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from icecache.bench.cells import Cell, Results, machine, measure
+from icecache.bench.filled import Filled
 from icecache.bench.methods import METHODS
 from icecache.bench.shapes import SHAPES, random_model
 from icecache.errors import ConfigError
@@ -133,6 +134,7 @@ def run_bench(options: BenchOptions) -> None:
     cells, began = options.cells(), time.monotonic()
     results = Results(options.out / "bench.jsonl", machine(device))
     model: PreTrainedModel | None = None
+    filled = Filled()
     for cell in tqdm(cells, desc="cells", disable=not sys.stderr.isatty()):
         if results.find(cell) is not None:
             continue
@@ -142,7 +144,7 @@ def run_bench(options: BenchOptions) -> None:
             longest = max(cell.context for cell in cells) + options.steps + 64
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             model = random_model(options.shape, device, dtype, max_tokens=longest, seed=options.seed)
-        outcome = measure(model, cell, parts=options.parts)
+        outcome = measure(model, cell, parts=options.parts, filled=filled)
         results.add(cell, outcome)
         sys.stdout.write(json.dumps(_short(results.lines[-1])) + "\n")
         sys.stdout.flush()

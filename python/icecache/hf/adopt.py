@@ -29,7 +29,7 @@ def adopt(hooks: ModelHooks, cache: Cache, attention_mask: torch.Tensor | None) 
     Raises
     ------
     CacheStateError
-        If the layers do not fit the model, or pages of another sink or window size would have to be re-cut.
+        If the layers do not fit the model, or pages of another sink or a narrower window would have to be re-cut.
     """
     result = hooks.new_cache()
     if len(cache.layers) != len(result.layers):
@@ -93,10 +93,11 @@ def _rehomed(hooks: ModelHooks, source: RetrievalLayer, target: RetrievalLayer, 
         msg = f"layer {layer}: it was prepared for another policy; adopt a dense cache instead (policies.Prefill)"
         raise CacheStateError(msg)
     ours, theirs = hooks.engine.layout, source.engine.layout
-    if source.pages is not None and ours != theirs:
+    if source.pages is not None and not ours.continues(theirs):
         msg = (
             f"layer {layer}: its pages were cut for sink {theirs.sink_tokens} and window {theirs.window_tokens}, this "
-            f"runtime has sink {ours.sink_tokens} and window {ours.window_tokens}; adopt a dense cache instead"
+            f"runtime has sink {ours.sink_tokens} and window {ours.window_tokens}, where the sink must be the same and "
+            "the window no wider; adopt a dense cache instead"
         )
         raise CacheStateError(msg)
     if source.pages is not None and source.members != target.members:
@@ -105,7 +106,11 @@ def _rehomed(hooks: ModelHooks, source: RetrievalLayer, target: RetrievalLayer, 
             f"{target.members}; wrap with the same reuse and dense_layers, or adopt a dense cache instead"
         )
         raise CacheStateError(msg)
-    return source.forked(hooks.engine, sequence)
+    hooks.engine.services.stores.share(source.engine.services.stores)
+    new = source.forked(hooks.engine, sequence)
+    if new.pages is not None:
+        new.pages.layout = ours
+    return new
 
 
 def _from_short(

@@ -35,6 +35,11 @@ class Layout:
     window_tokens: int
     keeps_middle: bool = True
 
+    def continues(self, other: Layout) -> bool:
+        """Whether a sequence cut for `other` can go on like this: what leaves a narrower window joins the pages."""
+        alike = self.sink_tokens == other.sink_tokens and self.keeps_middle and other.keeps_middle
+        return self == other or (alike and self.window_tokens <= other.window_tokens)
+
 
 class LayerPages:
     """Keys and values of one layer, one ragged row per sequence of the batch. Made by :func:`icecache.pages.build`.

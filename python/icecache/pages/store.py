@@ -122,6 +122,8 @@ class Stores:
     ) -> None:
         self.limit_bytes, self.pool, self.memory, self.serve = limit_bytes, pool, memory, serve
         self._fixed = memory is not None
+        self._shared: list[_core.HostMemory] = []
+        """Memory of pages that were made by other runtimes and are read here."""
         self._stores: dict[tuple[int, int, torch.dtype, str], _core.PageStore] = {}
         self._reserver: ThreadPoolExecutor | None = None
         self._reserving: list[Future[None]] = []
@@ -152,6 +154,19 @@ class Stores:
         if self.memory is None:
             self.memory = host_memory(self.pool, device)
         return self.memory
+
+    def share(self, other: Stores) -> None:
+        """Take over sequences whose pages lie in memory of `other`, from where more of them will come too."""
+        if other.memory is None:
+            return
+        if self.memory is None:
+            self.memory = other.memory
+        elif other.memory is not self.memory and other.memory not in self._shared:
+            self._shared.append(other.memory)
+
+    def is_pinned(self) -> bool:
+        """Whether a device can read all pages in place."""
+        return self.memory is not None and all(memory.is_pinned() for memory in (self.memory, *self._shared))
 
     def reserve(self, n_bytes: int) -> None:
         """Take memory ahead for `n_bytes` more of pages per store; page-locking it within a step would delay it.

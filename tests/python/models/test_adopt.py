@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from icecache import CacheStateError, IceRuntime
+from icecache import CacheStateError, IceRuntime, _core
+from icecache.pages import Stores
 from tiny import build, left_padded, prompt
 from transformers import DynamicCache
 
@@ -86,6 +87,43 @@ def test_the_index_of_one_runtime_serves_others_with_other_budgets_and_policies(
     for policy in expected:
         same = (outputs[policy] == expected[policy]).float().mean()
         assert same >= 0.95, policy  # the prompt's last token was decoded here and prefilled there
+
+
+def test_a_narrower_window_takes_over_pages_and_its_surplus_joins_them():
+    model, ids = build("llama"), prompt(1, 400)
+    with IceRuntime.wrap(model, dense_below=0, window_tokens=48, budget=80) as first:
+        prefilled = first.new_cache()
+        forward(model, ids[:, :-3], prefilled)
+    with IceRuntime.wrap(model, dense_below=0, budget=1024, window_tokens=16) as runtime:
+        own, cache = runtime.new_cache(), runtime.adopt(prefilled)
+        forward(model, ids[:, :-3], own)
+        for t in range(397, 400):
+            got, expected = (forward(model, ids[:, t : t + 1], x) for x in (cache, own))
+            assert (got - expected).abs().max() <= 1e-4 * expected.abs().max(), "everything fits the budget"
+        for layer in cache.layers:
+            assert 16 < layer.pages.near.window_count(0) < 16 + 16 + 1
+            assert layer.pages.length(0) == 400
+    assert prefilled.layers[0].pages.near.window_count(0) == 48
+
+
+def test_pages_of_several_runtimes_are_read_in_place_where_all_are_page_locked():
+    pool = _core.Pool(1)
+
+    def stores(memory):
+        return Stores(None, pool, memory)
+
+    pinned = [_core.HostMemory(pool, pin="simulated") for _ in range(2)]
+    pageable = _core.HostMemory(pool, pin="never")
+    heir = stores(None)
+    assert not heir.is_pinned(), "there is no memory yet"
+    heir.share(stores(None))
+    assert not heir.is_pinned()
+    heir.share(stores(pinned[0]))
+    heir.share(stores(pinned[1]))
+    assert heir.is_pinned()
+    assert heir.memory is pinned[0]
+    heir.share(stores(pageable))
+    assert not heir.is_pinned()
 
 
 def test_a_short_sequence_of_another_runtime_is_paged_by_the_new_threshold():

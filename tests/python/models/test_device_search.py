@@ -293,6 +293,24 @@ def test_the_configured_search_is_the_one_that_runs():
 
 
 @pytest.mark.gpu
+def test_pages_of_an_unwrapped_runtime_are_read_by_the_graphs_of_the_next():
+    model, ids = build("llama").to(DEVICE), prompt(1, 400).to(DEVICE)
+    with IceRuntime.wrap(model, dense_below=0) as first, torch.no_grad():
+        filled = first.new_cache()
+        model(ids[:, :380], past_key_values=filled)
+    results = []
+    for decode in ("eager", "auto"):
+        with IceRuntime.wrap(model, dense_below=0, budget=64, decode=decode) as runtime, torch.no_grad():
+            cache = runtime.adopt(filled)
+            results += [
+                torch.cat([model(ids[:, t : t + 1], past_key_values=cache).logits[:, -1] for t in range(380, 400)])
+            ]
+            runtime.stats()
+    assert runtime._hooks.decoder.refused is None
+    assert close(*results)
+
+
+@pytest.mark.gpu
 def test_two_thousand_steps_choose_nearly_what_eager_steps_choose(monkeypatch):
     """Inserts, splits and seals on the way; with a budget of a tenth of the context both searches agree closely."""
     monkeypatch.setattr(finder, "BEST_TOKENS", 16)  # as the host scores: attention of a random model is nearly even

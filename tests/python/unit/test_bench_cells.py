@@ -8,6 +8,7 @@ from pathlib import Path
 
 import icecache
 import pytest
+from icecache.bench.cells import SLOW_STEPS
 from icecache.bench.parts import by_part
 from icecache.bench.run import BenchOptions, run_bench, table
 from icecache.errors import ConfigError
@@ -49,6 +50,22 @@ def test_a_second_run_measures_what_the_first_one_left(tmp_path, capsys):
     assert all(line["tpot_ms_p50"] > 0 and not line["error"] for line in lines)
     assert lines[1]["kv_host_bytes"] > 0 == lines[0]["kv_host_bytes"]
     assert "ice-eager" in capsys.readouterr().out
+
+
+def test_cells_that_differ_in_budget_share_the_pages_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(SLOW_STEPS, "hf", 2)
+    cells = ("ice-eager@1100:256", "hf@1100", "ice-eager@1100:1024", "ice-eager@1100:64", "ice-eager@1200:64")
+    run_bench(BenchOptions(**TINY, out=tmp_path / "shared", only=cells))
+    run_bench(BenchOptions(**TINY, out=tmp_path / "alone", only=cells[2:3]))
+    lines, (alone,) = (
+        [json.loads(line) for line in (tmp_path / name / "bench.jsonl").read_text().splitlines()]
+        for name in ("shared", "alone")
+    )
+    assert [line["adopted"] for line in lines] == [False, False, True, True, False]
+    assert [len(line["steps_ms"]) for line in lines] == [3, 2, 3, 3, 3]
+    assert lines[2]["attended"] == alone["attended"]
+    assert lines[3]["attended"] <= 64 + 16
+    assert lines[2]["kv_host_bytes"] == alone["kv_host_bytes"]
 
 
 def test_a_prompt_cell_gives_the_time_to_the_second_token(tmp_path):
