@@ -14,8 +14,6 @@ reads under way: they hide the latency of the bus, and leave the processors to w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -150,7 +148,7 @@ def page_gather(
     values: torch.Tensor,
     first: int,
     *,
-    page_strides: Sequence[int] | None = None,
+    page_strides: tuple[int, int, int, int] | None = None,
     programs: int = PROGRAMS,
     pages_at_once: int = PAGES_AT_ONCE,
     num_warps: int = 16,
@@ -167,7 +165,7 @@ def page_gather(
         ``(H, 2)`` int32: first page of each head that holds such a token, and the one behind the last.
     keys, values : torch.Tensor
         ``(H, T, D)`` and ``(H, T, E)`` to write, of one dtype, last dimension contiguous.
-    page_strides : sequence of int, optional
+    page_strides : tuple of int, optional
         As in :func:`icecache.kernels.paged_decode.paged_decode`.
 
     Raises
@@ -198,7 +196,7 @@ def page_gather(
 
 
 def page_gather_ref(
-    pages: torch.Tensor, table: Sequence[Sequence[tuple[int, int]]], first: int, n_tokens: int
+    pages: torch.Tensor, table: list[list[tuple[int, int]]], first: int, n_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain torch version.
 
@@ -206,7 +204,7 @@ def page_gather_ref(
     ----------
     pages : torch.Tensor
         ``(M, 2, P, D)``: keys, then values.
-    table : sequence of sequences of (int, int)
+    table : list of lists of (int, int)
         Per head: number of each page, and its live slots as bits.
 
     Returns
