@@ -1,10 +1,13 @@
 """Make the tables of benches/results/eval-*: runs of `icecache eval run` side by side on one GPU, until time is over.
 
-    python benches/python/eval_tables.py run --out OUT --part main --seconds 500 --workers 8
-    python benches/python/eval_tables.py merge --out OUT --into RESULTS
+    python benches/python/eval_tables.py run --out OUT --part main --seconds 500
+    python benches/python/eval_tables.py run --out OUT --seconds 300 16k/ours/needle-3m 32k/few/needle-mha/gsm+vt3
+    python benches/python/eval_tables.py merge --out OUT --into RESULTS --machine h200
 
-`--part main`: every policy at 16k in setup B, budgets 64 and 256. `--part side`: 4k and 32k, setup A and budget 128 for
-the policies of the paper's tables. Each job is one process with one folder and resumes: several runs finish a part.
+A job is `CELL/GROUP/MODEL`, or `CELL/GROUP/MODEL/TASK+TASK` for some of its tasks: one process, one folder that
+resumes, so several runs finish a part. Jobs start in the order given, as many at once as `--workers` and the memory
+allow. `--part main`: every policy at 16k in setup B with budgets 64 and 256. `--part side`: 4k, 32k, setup A and the
+budget between, for the policies of the paper's tables.
 """
 
 from __future__ import annotations
@@ -15,14 +18,15 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 
-from icecache.arguments import task_list
+from icecache.arguments import task_list, token_count
 from icecache.eval.folder import MANIFEST, SAMPLES, merge_folders
 from icecache.eval.report import write_report
 
@@ -31,107 +35,191 @@ MODELS = {
     "needle-qwen3": "benches/models/needle-qwen3",
     "needle-mha": "benches/models/needle-mha",
 }
-TASKS = ("kv_dense", "kv_rand", "chase8", "gsm", "vt3", "kv32", "passkey")
-BASELINES = ("arkvale", "snapkv", "icecache-reuse", "h2o", "omnikv", "magicpig")
-ORACLES = ("token-oracle", "token-oracle-q", "page-oracle", "oracle-sampling")
-CONTROLS = ("full", "exact", "random", "streaming", "no-context")
-FEW = ("icecache", "icecache-paper", "quest", "pqcache")
+# Four KV heads where the others have one: as many bytes and trees a row.
+WIDE = frozenset({"needle-mha"})
+SHORT, LONG = ("kv_dense", "kv_rand", "vt3", "kv32", "passkey"), ("gsm", "chase8")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Lengths, setups and budgets of a part of the tables."""
+
+    length: str
+    setup: str
+    budgets: str
+    rows: int
+    """Samples a task; half as many of a wide model."""
+
+
+CELLS = {
+    "16k": Cell("16k", "B", "64,256", 80),
+    "16k-128": Cell("16k", "B", "128", 80),
+    "16k-A": Cell("16k", "A", "64,256", 24),
+    "4k": Cell("4k", "A,B", "64,256", 24),
+    "32k": Cell("32k", "A,B", "64,256", 16),
+}
+# Names of policies, or of controls. One group is one prefill; ours runs as CUDA graphs, pages and paper on the host.
+GROUPS = {
+    "ours": ("icecache", "icecache-reuse"),
+    "ice": ("icecache",),
+    "rivals": (
+        *("full", "streaming", "no-context", "quest", "pqcache", "arkvale", "snapkv", "h2o", "omnikv", "magicpig"),
+        *("token-oracle", "token-oracle-q", "oracle-sampling"),
+    ),
+    "few": ("full", "streaming", "quest", "pqcache"),
+    "pages": ("random", "page-oracle"),
+    "random": ("random",),
+    "paper": ("icecache-paper",),
+    "noise": ("full", "exact", "full-eager"),
+}
+NOISE_TASKS = ("kv32", "kv_dense")
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """One start of `icecache eval run`."""
 
-    name: str
+    cell: str
+    group: str
     model: str
-    arguments: tuple[str, ...]
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def parse(cls, text: str) -> Job:
+        """Read CELL/GROUP/MODEL/TASK+TASK.
+
+        Raises
+        ------
+        SystemExit
+            If a name is unknown.
+        """
+        cell, group, model, tasks = (*text.split("/"), "", "", "")[:4]
+        for what, name, known in (("cell", cell, CELLS), ("group", group, GROUPS), ("model", model, MODELS)):
+            if name not in known:
+                msg = f"job {text!r}: {what} must be one of {', '.join(known)}, got {name!r}"
+                raise SystemExit(msg)
+        named = tuple(tasks.split("+")) if tasks else NOISE_TASKS if group == "noise" else (*SHORT, *LONG)
+        return cls(cell, group, model, named)
 
     @property
-    def command(self) -> list[str]:
-        """The command, but for its folder."""
+    def name(self) -> str:
+        """Of its folder."""
+        return ".".join((self.model, self.cell, self.group, self.tasks[0]))
+
+    @property
+    def rows(self) -> int:
+        """Samples of a batch, and of a task."""
+        return CELLS[self.cell].rows // (2 if self.model in WIDE else 1)
+
+    @property
+    def gib(self) -> float:
+        """Device memory at most, roughly: activations of a prefill, the cache, an arm's copy, a layer in float32."""
+        cache = 2048 * (4 if self.model in WIDE else 1)  # bytes a token: 4 layers, bfloat16
+        return self.rows * token_count(CELLS[self.cell].length) * (4 * cache + 10_000) / 2**30 + 2
+
+    def command(self, rows: int) -> list[str]:
+        """Say what to start, but for its folder."""
+        cell, arms = CELLS[self.cell], GROUPS[self.group]
         return [
-            *(sys.executable, "-m", "icecache", "eval", "run", "--model", MODELS[self.model]),
-            *("--set", "decode=eager", "--resume", *self.arguments),
+            *(sys.executable, "-m", "icecache", "eval", "run", "--model", MODELS[self.model], "--resume"),
+            *(f"--limit={self.rows}", f"--batch={rows}", f"--lengths={cell.length}", f"--setup={cell.setup}"),
+            *(f"--budgets={cell.budgets}", f"--tasks={','.join(self.tasks)}", "--controls=none"),
+            f"--policies={','.join(arms)}",
         ]
 
 
-def _job(name: str, model: str, limit: int, **lists: Sequence[str]) -> Job:
-    """Make a job of the lists that it hands on."""
-    values = (f"--{key}={','.join(value)}" for key, value in lists.items())
-    return Job(f"{model}.{name}", model, (f"--limit={limit}", f"--batch={limit}", *values))
+def jobs_of(part: str, models: Sequence[str]) -> Iterator[Job]:
+    """List the jobs of a part, work of the device and of the host in turn."""
+    if part == "main":
+        cells, groups = ("16k",), ("ours", "rivals", "paper", "pages", "noise")
+    else:
+        cells, groups = ("16k-128", "32k", "16k-A", "4k"), ("ice", "few", "paper", "random")
+    for cell in cells:
+        for group in groups:
+            for model in models:
+                for tasks in (NOISE_TASKS,) if group == "noise" else (SHORT, LONG):
+                    yield Job(cell, group, model, tasks)
 
 
-def main_jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """List every policy at 16k: ours and the paper's first, oracles last."""
-    for model in args.models:
-        for task in args.tasks:
-            eager = ("full-eager",) if task in {"kv32", "kv_dense"} else ()
-            lists = {
-                "tasks": (task,),
-                "policies": args.policies or (*FEW, *BASELINES, *ORACLES),
-                "controls": args.controls or (*CONTROLS, *eager),
-            }
-            name = f"16k-B.{task}{args.suffix}"
-            yield _job(name, model, args.limit, lengths=("16k",), setup=("B",), budgets=("64", "256"), **lists)
+class Memory:
+    """What the jobs at work may take of the device together.
 
+    Parameters
+    ----------
+    gib : float
+        Of all of them; a job that wants more runs alone.
+    """
 
-def side_jobs(args: argparse.Namespace) -> Iterator[Job]:
-    """List the other lengths, the other setup and the budget between, for the policies of the paper's tables."""
-    lists = {"policies": args.policies or FEW, "controls": args.controls or ("full", "random", "streaming")}
-    for model in args.models:
-        for length, setup, budgets in (
-            ("4k", "A,B", "64,128,256"),
-            ("16k", "B", "128"),
-            ("16k", "A", "64,128,256"),
-            ("32k", "A,B", "64,128,256"),
-        ):
-            for tasks in (TASKS[:2], TASKS[2:4], TASKS[4:]):
-                name = f"{length}-{setup.replace(',', '')}-{budgets.count(',')}.{tasks[0]}{args.suffix}"
-                cell = {"tasks": tasks, "lengths": (length,), "setup": setup.split(","), "budgets": budgets.split(",")}
-                yield _job(name, model, args.limit, **cell, **lists)
+    def __init__(self, gib: float) -> None:
+        self._gib, self._taken, self._changed = gib, 0.0, threading.Condition()
 
-
-def _run(job: Job, args: argparse.Namespace, end: float, free: Queue[set[int]]) -> str:
-    cores = free.get()
-    try:
-        return _run_on(job, args, end, cores)
-    finally:
-        free.put(cores)
-
-
-def _run_on(job: Job, args: argparse.Namespace, end: float, cores: set[int]) -> str:
-    left = end - time.monotonic()
-    if left < 15:  # what a start costs
-        return f"{job.name}: no time"
-    began = time.monotonic()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with (args.out / f"{job.name}.log").open("a") as log:
+    @contextmanager
+    def lent(self, gib: float) -> Iterator[None]:
+        """Wait for room."""
+        gib = min(gib, self._gib)
+        with self._changed:
+            self._changed.wait_for(lambda: self._taken + gib <= self._gib)
+            self._taken += gib
         try:
-            done = subprocess.run(
-                [*job.command, "--out", str(args.out / job.name), "--device", args.device],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                timeout=left,
-                check=False,
-                env=environment,
-                preexec_fn=lambda: os.sched_setaffinity(0, cores),
-            )
-        except subprocess.TimeoutExpired:
-            return f"{job.name}: cut"
-    how = "done" if done.returncode == 0 else f"FAILED {done.returncode}"
+            yield
+        finally:
+            with self._changed:
+                self._taken -= gib
+                self._changed.notify_all()
+
+
+def free_gib(device: str) -> float:
+    """Memory of a CUDA device that the jobs may take together; of a CPU, some."""
+    if not device.startswith("cuda"):
+        return 8.0
+    import torch
+
+    return 0.85 * torch.cuda.mem_get_info(device)[0] / 2**30
+
+
+def _run(job: Job, args: argparse.Namespace, end: float, memory: Memory) -> str:
+    with memory.lent(job.gib):
+        began = time.monotonic()
+        how = ""
+        for rows in (job.rows, max(1, job.rows // 4)):  # smaller batches where the device's memory was too small
+            left = end - time.monotonic()
+            if left < 15:  # what a start costs
+                return f"{job.name}: no time{how}"
+            how = _start(job, args, rows, left)
+            if not how.startswith("FAILED"):
+                break
     return f"{job.name}: {how} {time.monotonic() - began:.0f} s"
 
 
+def _start(job: Job, args: argparse.Namespace, rows: int, seconds: float) -> str:
+    # The index of every process gets its share of the cores and a little more: they do not all pack at once.
+    threads = max(1, round(1.25 * len(os.sched_getaffinity(0)) / args.workers))
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ICECACHE_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
+    command = [*job.command(rows), "--out", str(args.out / job.name), "--device", args.device]
+    with (args.out / f"{job.name}.log").open("a") as log:
+        try:
+            done = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=environment
+            )
+        except subprocess.TimeoutExpired:
+            return "cut"
+    return "done" if done.returncode == 0 else f"FAILED {done.returncode}"
+
+
 def run(args: argparse.Namespace) -> None:
-    """Run the jobs of a part until the time is over."""
+    """Run jobs until the time is over."""
     args.out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + args.seconds
-    jobs = [job for job in {"main": main_jobs, "side": side_jobs}[args.part](args) if args.match in job.name]
-    every, free = sorted(os.sched_getaffinity(0)), Queue[set[int]]()
-    for i in range(args.workers):  # or every process would start as many threads as there are cores
-        free.put(set(every[i :: args.workers]) or set(every))
+    jobs = [Job.parse(text) for text in args.jobs] or [*jobs_of(args.part, args.models)]
+    memory = Memory(free_gib(args.device))
     with ThreadPoolExecutor(args.workers) as pool:
-        for line in pool.map(lambda job: _run(job, args, end, free), jobs):
+        for line in pool.map(lambda job: _run(job, args, end, memory), jobs):
             print(line, flush=True)
 
 
@@ -145,7 +233,7 @@ def merge(args: argparse.Namespace) -> None:
         shutil.rmtree(whole, ignore_errors=True)
         n = merge_folders(folders, whole)
         write_report(whole, formats=("md", "html"))
-        target = args.into / f"eval-{model}-h100"
+        target = args.into / f"eval-{model}-{args.machine}"
         target.mkdir(parents=True, exist_ok=True)
         with (whole / SAMPLES).open("rb") as plain, gzip.open(target / f"{SAMPLES}.gz", "wb", 9) as packed:
             shutil.copyfileobj(plain, packed)
@@ -163,18 +251,14 @@ def main() -> None:
         sub.add_argument("--out", type=Path, required=True, help="of the runs, one folder a job")
         if verb == "merge":
             sub.add_argument("--into", type=Path, default=Path("benches/results"))
+            sub.add_argument("--machine", default="h200", help="last part of the folders' names")
             continue
-        sub.add_argument("--part", choices=("main", "side"), required=True)
+        sub.add_argument("jobs", nargs="*", metavar="CELL/GROUP/MODEL[/TASK+TASK]", help="instead of a part")
+        sub.add_argument("--part", choices=("main", "side"), default="main")
         sub.add_argument("--seconds", type=float, required=True, help="begin and let live no job beyond")
-        sub.add_argument("--workers", type=int, default=8, help="processes at once")
-        sub.add_argument("--limit", type=int, default=80, help="samples a task")
+        sub.add_argument("--workers", type=int, default=4, help="processes at once")
         sub.add_argument("--device", default="cuda")
         sub.add_argument("--models", type=task_list, default=tuple(MODELS), help="of " + ", ".join(MODELS))
-        sub.add_argument("--tasks", type=task_list, default=TASKS, help="of --part main")
-        sub.add_argument("--policies", type=task_list, help="instead of the part's own")
-        sub.add_argument("--controls", type=task_list, help="instead of the part's own")
-        sub.add_argument("--suffix", default="", help="of the folders, for a second set of policies")
-        sub.add_argument("--match", default="", help="only jobs with this in their name")
     args = parser.parse_args()
     {"run": run, "merge": merge}[args.verb](args)
 

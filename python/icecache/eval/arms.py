@@ -174,7 +174,8 @@ def arm_config(arm: Arm, base: IceConfig, n_tokens: int = 0) -> IceConfig:
     base : IceConfig
         Settings all arms share.
     n_tokens : int, default=0
-        Longest sequence the arm will see; the budget of "exact" covers it.
+        Longest sequence the arm will see; the budget of "exact" covers it. Its steps run op by op: a graph has a place
+        for every page that it might read, which are all of them here.
 
     Raises
     ------
@@ -184,4 +185,4 @@ def arm_config(arm: Arm, base: IceConfig, n_tokens: int = 0) -> IceConfig:
     if arm.policy != "exact":
         return replace(base, budget=arm.budget if arm.budget is not None else base.budget)
     near = base.sink_tokens + base.window
-    return replace(base, budget=near + PAGE_TOKENS * (2 * n_tokens // PAGE_TOKENS + 2))
+    return replace(base, budget=near + PAGE_TOKENS * (2 * n_tokens // PAGE_TOKENS + 2), decode="eager")

@@ -1,7 +1,7 @@
 """One dense prefill of a batch, and every arm's own continuation of it.
 
-Arms whose pages are cut alike share one index: the first of them builds it, the others fork it (not where steps run as
-CUDA graphs; `--set decode=eager` shares there, too).
+Arms whose pages are cut alike share one index: the first of them builds it, the others fork it. An arm whose steps are
+CUDA graphs packs its own.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Policies that read the same pages: they differ in how these are chosen.
 SHARED_PAGES: Final = frozenset({"icecache", "page-oracle", "random"})
+# Those of them that a runtime would run as CUDA graphs.
+CAPTURED: Final = frozenset({"icecache"})
 # Scores of one chunk of an eager prefill: batch x query heads x chunk x context, in float32.
 EAGER_BYTES: Final = 1 << 30
 
@@ -94,6 +96,7 @@ def prefill(
     began = time.perf_counter()
     rows = [prompt.bare if bare else prefill_tokens(prompt, setup) for prompt in prompts]
     with contextlib.ExitStack() as stack:
+        stack.enter_context(ready_kernels(model))
         if notes is None:
             cache = DynamicCache(config=model.config)
         else:
@@ -157,6 +160,21 @@ def synchronize(model: PreTrainedModel) -> None:
     """Wait for the model's device, so that times are those of the work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
+
+
+@contextmanager
+def ready_kernels(model: PreTrainedModel) -> Iterator[None]:
+    """Keep PyTorch from cuDNN's attention inside the block: it plans anew for every length, that is in every step.
+
+    On one H100 a step of full attention took 70 to 90 ms that way, and as much over nine tokens as over 16,384.
+    """
+    if model.device.type != "cuda":
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
 
 
 @contextmanager
@@ -227,12 +245,13 @@ def attend(model: PreTrainedModel, arm: Arm, base: IceConfig, prefilled: Prefill
         The batch; for "no-context" and "full-eager" made for this arm.
     """
     if arm.policy in DENSE:
-        with attention_kernel(model, "eager" if arm.policy == "full-eager" else model.config._attn_implementation):
+        name = "eager" if arm.policy == "full-eager" else model.config._attn_implementation
+        with attention_kernel(model, name), ready_kernels(model):
             yield Session(plain_copy(prefilled.cache, model))
         return
     config = arm_config(arm, base, prefilled.n_tokens)
     source, build_s = _source(model, arm.runs, config, prefilled)
-    with IceRuntime.wrap(model, config, policy=arm.runs) as runtime:
+    with ready_kernels(model), IceRuntime.wrap(model, config, policy=arm.runs) as runtime:
         began = time.perf_counter()
         cache = runtime.adopt(source)
         yield Session(cache, build_s + time.perf_counter() - began, runtime)
@@ -241,7 +260,7 @@ def attend(model: PreTrainedModel, arm: Arm, base: IceConfig, prefilled: Prefill
 def _source(model: PreTrainedModel, policy: str, config: IceConfig, prefilled: Prefilled) -> tuple[Cache, float]:
     """Cache to take over: pages where policies share them, else the dense one."""
     # A graph on a GPU wants pages of its own runtime, in memory that this runtime has page-locked.
-    captured = model.device.type == "cuda" and config.decode == "auto"
+    captured = model.device.type == "cuda" and config.decode == "auto" and policy in CAPTURED
     if policy not in SHARED_PAGES or captured:
         return prefilled.cache, 0.0
     cut = (config.sink_tokens, config.window, config.dense_layers, config.dense_below)

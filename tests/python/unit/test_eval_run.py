@@ -8,14 +8,18 @@ import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from icecache.cli import build_parser
+from icecache.config import IceConfig
 from icecache.errors import ConfigError, DataError
+from icecache.eval.arms import Arm, arm_config
 from icecache.eval.folder import MANIFEST, SAMPLES, RunFolder, merge_folders, read_manifest, read_records
 from icecache.eval.needle import needle_path
 from icecache.eval.options import EvalOptions
+from icecache.eval.prefill import ready_kernels
 from icecache.eval.progress import Progress
 from icecache.eval.run import run_eval
 
@@ -70,6 +74,19 @@ def test_every_arm_answers_every_sample_in_both_setups(run):
         assert scores["full", setup] == scores["exact", setup] == scores["full-eager", setup] == [1.0] * 3
         assert sum(scores["icecache@64", setup]) >= 2
         assert sum(scores["random@64", setup] + scores["streaming@64", setup] + scores["no-context", setup]) <= 1
+
+
+def test_exact_runs_op_by_op_and_other_arms_as_the_settings_say():
+    assert arm_config(Arm("exact"), IceConfig(), 16_384).decode == "eager"
+    assert arm_config(Arm("icecache", 64), IceConfig(), 16_384) == IceConfig(budget=64)
+
+
+def test_a_step_on_a_gpu_is_kept_from_kernels_that_plan_anew_for_every_length():
+    model, before = SimpleNamespace(device=torch.device("cuda")), torch.backends.cuda.cudnn_sdp_enabled()
+    with ready_kernels(model):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
 def test_exact_gives_the_tokens_of_full_and_arms_are_charged_what_they_read(run):
