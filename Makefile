@@ -7,7 +7,7 @@ WORKERS ?= 2
 RUST    := $(shell find rust -name '*.rs') $(wildcard rust/*/Cargo.toml) Cargo.toml Cargo.lock
 export CARGO_TERM_COLOR ?= never
 
-.PHONY: fuzz demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon miri clean loom endurance
+.PHONY: fuzz demo test lint bench bench-ann build wheel test-rust test-python test-oldest check-neon miri sanitize clean loom endurance
 .DELETE_ON_ERROR:
 
 build: .venv/.built
@@ -82,6 +82,11 @@ check-neon:
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
 		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
 		cargo test -q --target $(NEON) -p icecache-core --lib
+
+# Every kernel under CUDA's memory checker; needs a GPU and compute-sanitizer. The first run compiles.
+sanitize: build
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(BIN)/python tests/python/kernels/launch_all.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python tests/python/kernels/launch_all.py
 
 # Ten million random operations from four threads (minutes).
 endurance:
