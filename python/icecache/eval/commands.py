@@ -88,6 +88,14 @@ def _add_report(parts: Commands) -> None:
     )
     compare.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="one or two")
     compare.add_argument("--arms", type=task_list, metavar="X,Y", help="such as icecache@64,quest@256")
+    pool = parts.add_parser(
+        "pool",
+        help="every arm against full attention, over the runs of several models together",
+        allow_abbrev=False,
+    )
+    pool.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="one run a model")
+    pool.add_argument("--arms", type=task_list, metavar="X,Y,...", help="such as icecache@256 (default: all)")
+    pool.add_argument("--out", type=Path, metavar="FILE", help="write it there, too")
     merge = parts.add_parser("merge", help="one folder of several runs of one model", allow_abbrev=False)
     merge.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="of runs")
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
@@ -173,6 +181,7 @@ def run_command(args: argparse.Namespace) -> int:
         "report": _report,
         "compare": _compare,
         "merge": _merge,
+        "pool": _pool,
         "attention": _attention,
         "paper": _paper,
         "selftest": _selftest,
@@ -214,6 +223,16 @@ def _compare(args: argparse.Namespace) -> int:
     from icecache.eval.compare import compare
 
     print(compare(args.folders, args.arms or ()))
+    return 0
+
+
+def _pool(args: argparse.Namespace) -> int:
+    from icecache.eval.pool import pool
+
+    text = pool(args.folders, args.arms or ())
+    if args.out is not None:
+        args.out.write_text(text, encoding="utf-8")
+    print(text)
     return 0
 
 

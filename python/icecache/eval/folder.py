@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, TextIO, cast
 
 from icecache.errors import ConfigError, DataError
 from icecache.eval.record import Key, Manifest, Record
@@ -22,16 +23,18 @@ SPARE_BYTES: Final = 1 << 20
 def read_records(folder: Path) -> Iterator[Record]:
     """Read the records of a folder, in the order they were written; a last line that was torn by a kill is left out.
 
+    A folder that is kept for reading may hold them compressed, as ``samples.jsonl.gz``.
+
     Raises
     ------
     DataError
         If there are none, or a line before the last is no record; the message names file and line.
     """
-    path = folder / SAMPLES
-    if not path.is_file():
+    path, packed = folder / SAMPLES, folder / f"{SAMPLES}.gz"
+    if not path.is_file() and not packed.is_file():
         msg = f"{folder} holds no {SAMPLES}: not the folder of a run"
         raise DataError(msg)
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with _opened(path, packed) as file:
         for number, line in enumerate(file, 1):
             if not line.endswith("\n"):
                 return
@@ -40,6 +43,12 @@ def read_records(folder: Path) -> Iterator[Record]:
             except DataError as error:
                 msg = f"{path}, line {number}: {error}"
                 raise DataError(msg) from error
+
+
+def _opened(path: Path, packed: Path) -> TextIO:
+    if path.is_file():
+        return path.open(encoding="utf-8", newline="\n")
+    return cast("TextIO", gzip.open(packed, "rt", encoding="utf-8", newline="\n"))
 
 
 def read_manifest(folder: Path) -> Manifest:
