@@ -6,8 +6,9 @@ Every policy is fed the same tokens: context (dense), question, and the answer t
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Final
@@ -17,13 +18,14 @@ import torch
 from icecache.errors import ConfigError, DataError
 from icecache.eval.arms import DENSE, dense_layers
 from icecache.eval.greedy import answer_greedily, step
-from icecache.eval.heads import HeadRow, Measured, known_mean
+from icecache.eval.heads import MEASURES, HeadRow, known_mean
 from icecache.eval.machine import describe_run, this_command
 from icecache.eval.markdown import number, table
 from icecache.eval.model import check_device, load_model, open_model
 from icecache.eval.options import SHIPPED, EvalOptions
 from icecache.eval.plan import make_cells
 from icecache.eval.prefill import attend, plain_copy, prefill, what_to_note
+from icecache.eval.progress import Progress
 from icecache.eval.run import identity
 from icecache.eval.suites import choose_tasks
 from icecache.eval.task import DataDir
@@ -32,7 +34,6 @@ from icecache.eval.watch import LayerStep, Watch
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
-MEASURES: Final = tuple(field.name for field in fields(Measured))
 SAMPLES: Final = 2
 
 
@@ -74,6 +75,8 @@ def run_attention(options: EvalOptions, write: Callable[[str], None]) -> list[He
     # Graphs show no single step; eager steps read the same.
     base = replace(options.base_config(), decode="eager")
     layers = {arm: replace(base, dense_layers=dense_layers(arm, options.dense_layers, source.n_layers)) for arm in arms}
+    work = float(sum(prompt.n_most for cell in cells for prompt in cell.prompts))
+    progress = Progress({arm.name: work for arm in arms}, write)
     for cell in cells:
         for prompt in cell.prompts:
             write(f"{cell.label}, sample {prompt.sample.id}")
@@ -83,10 +86,12 @@ def run_attention(options: EvalOptions, write: Callable[[str], None]) -> list[He
             )
             tokens = prompt.question + answers[0].tokens[:-1]
             for arm in arms:
+                began = time.perf_counter()
                 with attend(model, arm, layers[arm], prefilled) as session:
                     assert session.runtime is not None
                     Watch(session.runtime, session.cache, prefilled.cache, found[arm.name].append)
                     feed(model, tokens, session.cache)
+                progress.add(arm.name, prompt.n_most, time.perf_counter() - began, f"{cell.label}, {arm.name}")
     rows = [row for name, steps in found.items() for row in summarise(name, steps)]
     if not rows:
         msg = "no layer read pages or a choice of tokens: every layer is dense, or samples are shorter than dense_below"
@@ -109,28 +114,18 @@ def feed(model: PreTrainedModel, tokens: Sequence[int], cache: Cache) -> None:
 
 def summarise(arm: str, steps: Iterable[LayerStep]) -> list[HeadRow]:
     """Average over steps, by layer and KV head."""
-    by_head: dict[tuple[int, int], list[Measured]] = {}
-    calibrations: dict[int, list[float]] = {}
+    by_layer: dict[int, list[LayerStep]] = {}
     for one in steps:
-        calibrations.setdefault(one.layer, []).append(one.calibration)
-        for h, head in enumerate(one.heads):
-            by_head.setdefault((one.layer, h), []).append(head)
+        by_layer.setdefault(one.layer, []).append(one)
     rows = []
-    for (layer, number_of_head), measured in sorted(by_head.items()):
-        mass = torch.tensor([m.mass for m in measured], dtype=torch.float64)
-        error = torch.tensor([m.error for m in measured], dtype=torch.float64)
-        rows.append(
-            HeadRow(
-                arm,
-                layer,
-                number_of_head,
-                len(measured),
-                {name: known_mean(getattr(m, name) for m in measured) for name in MEASURES},
-                float(mass.quantile(0.05)),
-                float(error.quantile(0.95)),
-                known_mean(calibrations[layer]),
-            )
-        )
+    for layer, found in sorted(by_layer.items()):
+        measured = torch.stack([one.heads for one in found]).cpu()  # (steps, H, MEASURES)
+        calibration = known_mean(one.calibration for one in found)
+        mass, error = (measured[..., MEASURES.index(name)] for name in ("mass", "error"))
+        low, high = mass.quantile(0.05, 0), error.quantile(0.95, 0)
+        for h in range(measured.shape[1]):
+            means = dict(zip(MEASURES, map(known_mean, measured[:, h].T.tolist()), strict=True))
+            rows.append(HeadRow(arm, layer, h, len(found), means, float(low[h]), float(high[h]), calibration))
     return rows
 
 

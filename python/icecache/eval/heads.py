@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean
 from typing import Final
 
@@ -81,8 +81,8 @@ class Measured:
     attended: float
 
 
-def measure(step: HeadStep) -> list[Measured]:
-    """Compare with exact attention over all tokens.
+def measure(step: HeadStep) -> Tensor:
+    """Compare with exact attention over all tokens. Nothing waits for the device.
 
     Parameters
     ----------
@@ -91,8 +91,8 @@ def measure(step: HeadStep) -> list[Measured]:
 
     Returns
     -------
-    list of Measured
-        One a KV head.
+    torch.Tensor
+        float64 `(H, len(MEASURES))`: the fields of `Measured`, in their order.
     """
     logits = torch.einsum("hgd,hnd->hgn", step.query.float(), step.keys.float()).double() * step.scaling
     if step.softcap is not None:
@@ -101,36 +101,20 @@ def measure(step: HeadStep) -> list[Measured]:
     exact = torch.einsum("hgn,hnv->hgv", weights, step.values.double())
     mass = (weights * step.attended).sum(-1)
     error = (step.out.double() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
-    recalls = [_recall(logits, step.attended, k) for k in RECALLS]
+    top = logits.topk(min(max(RECALLS), logits.shape[-1]), -1).indices
+    hit = step.attended.gather(-1, top).double()
+    recalls = [hit[..., :k].mean(-1) for k in RECALLS]
     n_attended = step.attended.sum(-1)
     best = weights.sort(-1, descending=True).values.cumsum(-1)
     regret = best.gather(-1, (n_attended - 1).clamp_min(0)[..., None])[..., 0] - mass
-    measured = []
-    for h in range(weights.shape[0]):
-        packing, search = math.nan, math.nan
-        if step.page is not None:
-            packing, search = page_regret(weights[h], step.attended[h], step.page[h])
-        measured.append(
-            Measured(
-                mass=float(mass[h].mean()),
-                error=float(error[h].mean()),
-                recall_16=float(recalls[0][h].mean()),
-                recall_64=float(recalls[1][h].mean()),
-                regret=float(regret[h].mean()),
-                packing=packing,
-                search=search,
-                attended=float(n_attended[h].double().mean()),
-            )
-        )
-    return measured
+    packing = search = torch.full_like(mass[:, 0], math.nan)
+    if step.page is not None:
+        packing, search = page_regret(weights, step.attended, step.page)
+    means = [x.mean(-1) for x in (mass, error, *recalls, regret)]
+    return torch.stack([*means, packing, search, n_attended.double().mean(-1)], -1)
 
 
-def _recall(logits: Tensor, attended: Tensor, k: int) -> Tensor:
-    top = logits.topk(min(k, logits.shape[-1]), -1).indices
-    return attended.gather(-1, top).double().mean(-1)
-
-
-def page_regret(weights: Tensor, attended: Tensor, page: Tensor) -> tuple[float, float]:
+def page_regret(weights: Tensor, attended: Tensor, page: Tensor) -> tuple[Tensor, Tensor]:
     """Split what a choice of pages missed into packing and search.
 
     Tokens outside of pages (sink, window) are the same in all choices and do not count.
@@ -138,34 +122,41 @@ def page_regret(weights: Tensor, attended: Tensor, page: Tensor) -> tuple[float,
     Parameters
     ----------
     weights : torch.Tensor
-        float64 `(G, n)`: the true softmax.
+        float64 `(H, G, n)`: the true softmax.
     attended : torch.Tensor
-        bool `(G, n)`.
+        bool `(H, G, n)`.
     page : torch.Tensor
-        int64 `(n,)`: -1 outside of pages.
+        int64 `(H, n)`: below n; -1 outside of pages.
 
     Returns
     -------
-    packing, search : float
-        Mean over query heads; NaN if no pages, parts of pages, or other pages for other query heads were read.
+    packing, search : torch.Tensor
+        float64 `(H,)`, means over query heads; NaN if no pages, parts of pages, or other pages for other query heads
+        were read.
     """
-    paged = page >= 0
-    if not bool(paged.any()):
-        return math.nan, math.nan
-    numbers = page[paged]
-    n_pages = int(numbers.max()) + 1
-    joint = weights.mean(0)[paged]
-    read = attended[:, paged]
-    by_page = torch.zeros(n_pages, dtype=joint.dtype, device=joint.device).index_add(0, numbers, joint)
-    sizes = torch.bincount(numbers, minlength=n_pages)
-    n_read = torch.bincount(numbers[read[0]], minlength=n_pages)
+    paged, of_page = page >= 0, page.clamp_min(0)
+    read = attended & paged[:, None]
+    joint = weights.mean(1) * paged
+    by_page, sizes, n_read = (
+        torch.zeros_like(joint).scatter_add(1, of_page, x.to(joint.dtype)) for x in (joint, paged, read[:, 0])
+    )
     chosen = n_read > 0
-    if not bool(chosen.any()) or bool((read != read[0]).any()) or bool((n_read[chosen] != sizes[chosen]).any()):
-        return math.nan, math.nan
-    best_pages = by_page.topk(int(chosen.sum())).indices
-    best_tokens = joint.topk(int(sizes[best_pages].sum())).values.sum()
-    of_best_pages = by_page[best_pages].sum()
-    return float(best_tokens - of_best_pages), float(of_best_pages - by_page[chosen].sum())
+    alike = (read == read[:, :1]).all(-1).all(-1) & (~chosen | (n_read == sizes)).all(-1) & chosen.any(-1)
+    n_chosen = chosen.sum(-1, keepdim=True)
+    best = by_page.argsort(-1, descending=True)
+    of_best_pages = _first(by_page.gather(-1, best), n_chosen)
+    n_tokens = _first(sizes.gather(-1, best), n_chosen).long()[:, None]
+    best_tokens = _first(joint.sort(-1, descending=True).values, n_tokens)
+    packing, search = best_tokens - of_best_pages, of_best_pages - (by_page * chosen).sum(-1)
+    return torch.where(alike, packing, math.nan), torch.where(alike, search, math.nan)
+
+
+def _first(values: Tensor, count: Tensor) -> Tensor:
+    """Sum of the first `count` `(H, 1)` values of each row."""
+    return values.cumsum(-1).gather(-1, (count - 1).clamp_min(0))[:, 0]
+
+
+MEASURES: Final = tuple(field.name for field in fields(Measured))
 
 
 @dataclass(frozen=True, slots=True)

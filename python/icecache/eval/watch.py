@@ -14,7 +14,7 @@ from torch import Tensor
 from icecache import _core
 from icecache.config import PAGE_TOKENS
 from icecache.errors import UnsupportedModelError
-from icecache.eval.heads import HeadStep, Measured, measure
+from icecache.eval.heads import MEASURES, HeadStep, measure
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.call import Call
 from icecache.runtime import IceRuntime
@@ -34,14 +34,14 @@ class LayerStep:
     ----------
     layer : int
         Which.
-    heads : list of Measured
-        One a KV head.
+    heads : torch.Tensor
+        float64 `(H, len(MEASURES))`, see `measure`; on the model's device, so that no step waits for it.
     calibration : float
         |estimated - true| captured mass, both means over the layer's query heads; NaN where the policy estimates none.
     """
 
     layer: int
-    heads: list[Measured]
+    heads: Tensor
     calibration: float
 
 
@@ -64,6 +64,7 @@ class Watch:
         self._runtime, self._add = runtime, add
         self._event: TraceEvent | None = None
         self._kept: dict[int, Pair] = {}
+        self._pages: dict[int, tuple[int, Tensor]] = {}
         runtime.trace = self._note
         for layer, source in zip(cache.layers, prefilled.layers, strict=True):
             if isinstance(layer, RetrievalLayer):
@@ -105,14 +106,27 @@ class Watch:
             values=values[0],
             out=out[0, 0].reshape(n_heads, group, -1),
             attended=attended_tokens(event, n_heads, keys.shape[2], group).to(keys.device),
-            page=pages_of_tokens(layer, keys.shape[2], keys.device),
+            page=self._page_of(layer, keys.shape[2], keys.device),
             scaling=call.scaling,
             softcap=call.softcap,
         )
         heads = measure(step)
-        true = sum(head.mass for head in heads) / len(heads)
-        estimate = self._runtime.stats().mass_kept
-        self._add(LayerStep(layer.layer_idx, heads, math.nan if math.isnan(estimate) else abs(estimate - true)))
+        estimate, calibration = self._runtime.stats().mass_kept, math.nan
+        if not math.isnan(estimate):
+            calibration = abs(estimate - float(heads[:, MEASURES.index("mass")].mean()))
+        self._add(LayerStep(layer.layer_idx, heads, calibration))
+
+    def _page_of(self, layer: RetrievalLayer, n_tokens: int, device: torch.device) -> Tensor | None:
+        """`pages_of_tokens`, listed again only when tokens have entered the index."""
+        if layer.pages is None or not layer.pages.forests:
+            return None
+        changes, page = self._pages.get(layer.layer_idx, (-1, None))
+        if page is None or changes != layer.pages.changes:
+            page = pages_of_tokens(layer, n_tokens, device)
+            assert page is not None
+        page = torch.nn.functional.pad(page, (0, n_tokens - page.shape[1]), value=-1)
+        self._pages[layer.layer_idx] = layer.pages.changes, page
+        return page
 
 
 def near_only(layer: RetrievalLayer, n_heads: int) -> TraceEvent | None:
@@ -157,9 +171,8 @@ def pages_of_tokens(layer: RetrievalLayer, n_tokens: int, device: torch.device) 
         return None
     first = layer.pages.near.sinks[0]
     positions = torch.from_numpy(_core.all_pages(layer.pages.forests).positions()[0].astype("int64"))  # (H, P, 16)
-    page = torch.full((positions.shape[0], n_tokens), -1, dtype=torch.int64)
-    numbers = torch.arange(positions.shape[1])[:, None].expand(positions.shape[1:])
-    for h, of_head in enumerate(positions):
-        live = of_head >= 0
-        page[h, of_head[live] + first] = numbers[live]
-    return page.to(device)
+    # Column n takes what is no token.
+    page = torch.full((positions.shape[0], n_tokens + 1), -1, dtype=torch.int64)
+    numbers = torch.arange(positions.shape[1]).repeat_interleave(PAGE_TOKENS).expand(positions.shape[0], -1)
+    at = torch.where(positions >= 0, positions + first, n_tokens)
+    return page.scatter(1, at.flatten(1), numbers)[:, :-1].to(device)
