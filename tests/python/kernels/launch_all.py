@@ -90,10 +90,32 @@ def mailbox() -> None:
         mailbox_post(torch.randn(shape).to(DEVICE), box, request, ticket)
         answer = torch.zeros(shape[0], shape[1], 5, dtype=torch.int64, pin_memory=pinned)
         table, timeout = torch.zeros_like(answer).to(DEVICE), torch.zeros_like(request, pin_memory=pinned)
-        for answered in (7, 6):
-            word = torch.full((1,), answered, dtype=torch.int32)
-            mailbox_wait(word.pin_memory() if pinned else word, answer, timeout, ticket, table, max_polls=20)
-        assert timeout.cpu().item() == 7
+        words = [torch.full((1,), answered, dtype=torch.int32, pin_memory=pinned) for answered in (7, 6)]
+        for word in words:
+            mailbox_wait(word, answer, timeout, ticket, table, max_polls=20)
+        if pinned:
+            torch.cuda.synchronize()
+        assert timeout.item() == 7
+
+
+def later_chunk() -> None:
+    """Tokens of pages laid one behind the other, and attention of a chunk to them."""
+    from icecache.kernels.page_gather import page_gather
+    from icecache.kernels.part_attention import part_attention
+
+    for dim, dtype in ((24, torch.float32), (128, torch.float16)):
+        made = make_slots(2, 9, dim, dtype, empty=0.0)
+        made.memory[:, 1] = 0.5
+        ends = made.live.sum(2).cumsum(1)
+        n_tokens = int(ends[:, -1].min())
+        starts = (ends - made.live.sum(2)).to(DEVICE, torch.int32).flatten()
+        spans = [[9 * head, 9 * head + int((ends[head] < n_tokens).sum()) + 1] for head in range(2)]
+        keys, values = (torch.empty(2, n_tokens, dim, dtype=dtype).to(DEVICE) for _ in range(2))
+        bounds = torch.tensor(spans, dtype=torch.int32).to(DEVICE)
+        page_gather(made.codes.words, starts, bounds, keys, values, 0, programs=6)
+        query = torch.randn(2, 3, 21, dim).to(DEVICE, dtype)
+        out, _ = part_attention(query, keys, values, 0.125, causal=True)
+        assert out.isfinite().all()
 
 
 def prompt_sums() -> None:
@@ -140,6 +162,8 @@ def launches(cases: list[Case]) -> Iterator[str]:
         yield str(case)
     mailbox()
     yield "mailbox"
+    later_chunk()
+    yield "a later chunk of a prompt"
     prompt_sums()
     yield "sums over a prompt"
 
