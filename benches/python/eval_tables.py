@@ -23,11 +23,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from icecache.arguments import task_list, token_count
-from icecache.eval.folder import MANIFEST, SAMPLES, merge_folders
+from icecache.eval.folder import MANIFEST, SAMPLES, RunFolder, merge_folders, read_manifest, read_records
 from icecache.eval.report import write_report
 
 MODELS = {
@@ -38,6 +38,7 @@ MODELS = {
 # Four KV heads where the others have one: as many bytes and trees a row.
 WIDE = frozenset({"needle-mha"})
 SHORT, LONG = ("kv_dense", "kv_rand", "vt3", "kv32", "passkey"), ("gsm", "chase8")
+SIDE_TASKS = ("kv_dense", "kv_rand", "vt3", "gsm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,19 @@ class Cell:
     """Samples a task; half as many of a wide model."""
 
 
+MAIN = "16k"
 CELLS = {
-    "16k": Cell("16k", "B", "64,256", 80),
+    MAIN: Cell("16k", "B", "64,256", 80),
+    "16k-all": Cell("16k", "B", "64,128,256", 80),
     "16k-128": Cell("16k", "B", "128", 80),
     "16k-A": Cell("16k", "A", "64,256", 24),
-    "4k": Cell("4k", "A,B", "64,256", 24),
-    "32k": Cell("32k", "A,B", "64,256", 16),
+    "32k": Cell("32k", "B", "64,256", 16),
+    "4k": Cell("4k", "B", "64,256", 24),
+    "32k-A": Cell("32k", "A", "64,256", 16),
+    "4k-A": Cell("4k", "A", "64,256", 24),
 }
+# All tasks.
+WHOLE = (MAIN, "16k-all", "16k-128")
 # Names of policies, or of controls. One group is one prefill; ours runs as CUDA graphs, pages and paper on the host.
 GROUPS = {
     "ours": ("icecache", "icecache-reuse"),
@@ -66,13 +73,13 @@ GROUPS = {
         *("full", "streaming", "no-context", "quest", "pqcache", "arkvale", "snapkv", "h2o", "omnikv", "magicpig"),
         *("token-oracle", "token-oracle-q", "oracle-sampling"),
     ),
-    "few": ("full", "streaming", "quest", "pqcache"),
+    "few": ("full", "streaming", "quest", "pqcache", "random", "icecache-paper"),
     "pages": ("random", "page-oracle"),
     "random": ("random",),
     "paper": ("icecache-paper",),
     "noise": ("full", "exact", "full-eager"),
 }
-NOISE_TASKS = ("kv32", "kv_dense")
+NOISE_TASKS = ("kv32",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +105,8 @@ class Job:
             if name not in known:
                 msg = f"job {text!r}: {what} must be one of {', '.join(known)}, got {name!r}"
                 raise SystemExit(msg)
-        named = tuple(tasks.split("+")) if tasks else NOISE_TASKS if group == "noise" else (*SHORT, *LONG)
-        return cls(cell, group, model, named)
+        usual = NOISE_TASKS if group == "noise" else (*SHORT, *LONG) if cell in WHOLE else SIDE_TASKS
+        return cls(cell, group, model, tuple(tasks.split("+")) if tasks else usual)
 
     @property
     def name(self) -> str:
@@ -130,15 +137,14 @@ class Job:
 
 def jobs_of(part: str, models: Sequence[str]) -> Iterator[Job]:
     """List the jobs of a part, work of the device and of the host in turn."""
-    if part == "main":
-        cells, groups = ("16k",), ("ours", "rivals", "paper", "pages", "noise")
-    else:
-        cells, groups = ("16k-128", "32k", "16k-A", "4k"), ("ice", "few", "paper", "random")
-    for cell in cells:
-        for group in groups:
-            for model in models:
-                for tasks in (NOISE_TASKS,) if group == "noise" else (SHORT, LONG):
-                    yield Job(cell, group, model, tasks)
+    if part == "side":
+        texts = [f"{cell}/{group}" for cell in CELLS if cell not in WHOLE[:2] for group in ("few", "ice")]
+        yield from (Job.parse(f"{text}/{model}") for text in texts for model in models)
+        return
+    for group in ("ours", "rivals", "paper", "pages"):
+        for model in models:
+            yield from (Job(MAIN, group, model, tasks) for tasks in (SHORT, LONG))
+    yield from (Job.parse(f"{MAIN}/noise/{model}") for model in models)
 
 
 class Memory:
@@ -223,12 +229,30 @@ def run(args: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
+def borrowed(folder: Path, into: Path) -> Path:
+    """Copy the records of an earlier run that stand beside new ones.
+
+    Not those of our arms, which other settings may have decoded, nor of the controls that must give the tokens of full
+    attention on the very same machine.
+    """
+    left = {*GROUPS["ours"], "exact", "full-eager"}
+    manifest = read_manifest(folder)
+    settings = [pair for pair in manifest.identity["settings"] if not pair.startswith("decode=")]  # type: ignore[union-attr]
+    manifest = replace(manifest, identity={**manifest.identity, "settings": settings})
+    shutil.rmtree(into, ignore_errors=True)
+    with RunFolder(into, manifest, resume=False) as run:
+        run.add(record for record in read_records(folder) if record.arm.partition("@")[0] not in left)
+    return into
+
+
 def merge(args: argparse.Namespace) -> None:
-    """Put the folders of each model into one of `--into`, records compressed."""
+    """Put the folders of each model into one of `--into`, records compressed; `--earlier` ones fill what is missing."""
     for model in MODELS:
         folders = sorted(p.parent for p in args.out.glob(f"{model}.*/{SAMPLES}") if p.stat().st_size)
         if not folders:
             continue
+        kept = [folder for folder in args.earlier if str(read_manifest(folder).identity["model"]) == model]
+        folders += [borrowed(folder, args.out / f"earlier-{i}-{model}") for i, folder in enumerate(kept)]
         whole = args.out / f"all-{model}"
         shutil.rmtree(whole, ignore_errors=True)
         n = merge_folders(folders, whole)
@@ -251,6 +275,9 @@ def main() -> None:
         sub.add_argument("--out", type=Path, required=True, help="of the runs, one folder a job")
         if verb == "merge":
             sub.add_argument("--into", type=Path, default=Path("benches/results"))
+            sub.add_argument(
+                "--earlier", type=Path, nargs="*", default=(), metavar="DIR", help="results to fill in from"
+            )
             sub.add_argument("--machine", default="h200", help="last part of the folders' names")
             continue
         sub.add_argument("jobs", nargs="*", metavar="CELL/GROUP/MODEL[/TASK+TASK]", help="instead of a part")
