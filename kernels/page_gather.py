@@ -149,7 +149,7 @@ def page_gather(
     first: int,
     *,
     page_strides: tuple[int, int, int, int] | None = None,
-    programs: int = PROGRAMS,
+    programs: int | None = None,
     pages_at_once: int = PAGES_AT_ONCE,
     num_warps: int = 16,
 ) -> None:
@@ -167,6 +167,8 @@ def page_gather(
         ``(H, T, D)`` and ``(H, T, E)`` to write, of one dtype, last dimension contiguous.
     page_strides : tuple of int, optional
         As in :func:`icecache.kernels.paged_decode.paged_decode`.
+    programs : int, optional
+        Programs in all, one a head at least. Default: `PROGRAMS`.
 
     Raises
     ------
@@ -192,7 +194,8 @@ def page_gather(
             msg = f"{name}: expected a contiguous last dimension, got strides {tensor.stride()}"
             raise ValueError(msg)
     strides = page_strides or (0, d, PAGE_TOKENS * d, values.shape[2])
-    _page_gather(words, starts, spans, keys, values, first, list(strides), programs, pages_at_once, num_warps)
+    n = programs or PROGRAMS
+    _page_gather(words, starts, spans, keys, values, first, list(strides), n, pages_at_once, num_warps)
 
 
 def page_gather_ref(

@@ -4,6 +4,8 @@ from icecache.attention.decode import decode_attention as decode_attention
 from icecache.attention.device import DeviceStep as DeviceStep
 from icecache.attention.device import StepShape as StepShape
 from icecache.attention.device_search import DeviceSearch as DeviceSearch
+from icecache.attention.inside import Inside as Inside
+from icecache.attention.inside import causal as causal
 from icecache.attention.masked import masked_attention as masked_attention
 from icecache.attention.masked import whole_attention as whole_attention
 from icecache.attention.notes import Notes as Notes

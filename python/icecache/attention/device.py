@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from icecache.attention.static_kv import StaticKV, StaticShape
-from icecache.config import PAGE_TOKENS
-from icecache.pages import columns, row_dim
+from icecache.pages import page_strides, row_dim
 from icecache.pages.near import NearBuffer
 from icecache.transfer import MailboxTensors
 
@@ -89,11 +88,7 @@ class StepShape:
     def page_strides(self, layer: int) -> tuple[int, int, int, int]:
         """Elements from the address of a page to the first key of a layer, from key to key, and for its values."""
         group, place = self.place_of(layer)
-        width, values = self.row_dim(group), PAGE_TOKENS * self.key_dim
-        if place == 0:
-            return 0, self.key_dim, values, width
-        key, value = (values + x - self.key_dim for x in columns(place, self.key_dim, self.value_dim))
-        return key, width, value, width
+        return page_strides(place, self.key_dim, self.value_dim, self.group_sizes[group])
 
 
 class DeviceStep:

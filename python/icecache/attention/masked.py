@@ -5,8 +5,13 @@ Dimension key: B rows, H KV heads, G query heads per KV head, T columns, Q queri
 
 from __future__ import annotations
 
+import contextlib
+import functools
+
 import torch
 
+from icecache.attention.chunk import Pair, chunk_attention
+from icecache.attention.inside import Inside
 from icecache.attention.mass import add_mass
 from icecache.attention.stream import by_kv_head, joined, near_and_chunk, query_pieces
 from icecache.pages import WholeKV
@@ -59,13 +64,13 @@ def whole_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    inside: Inside,
     *,
-    chunk_mask: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend with a chunk of new tokens to everything before it, and to the chunk itself under `chunk_mask`.
+    """Attend with a chunk of new tokens to everything before it, and to the chunk itself.
 
     Parameters
     ----------
@@ -75,15 +80,19 @@ def whole_attention(
         (B, H * G, Q, D), post-RoPE.
     keys, values : torch.Tensor
         (B, H, C, D): the chunk's own, C >= Q.
-    chunk_mask : torch.Tensor
-        Bool, broadcastable to (B, Q, C).
+    inside : Inside
+        Causality and padding inside the chunk.
 
     Returns
     -------
     torch.Tensor
         (B, Q, H * G, Dv) in the query's dtype.
     """
+    if query.device.type == "cuda":
+        past = functools.partial(_row_of, whole)
+        return chunk_attention(past, query, keys, values, inside, scaling=scaling, softcap=softcap, sinks=sinks)
     grouped = by_kv_head(query, keys.shape[1])
+    chunk_mask = inside.mask(query.shape[2], keys.shape[2], query.device)
     columns = torch.arange(whole.width, device=query.device)
     live = (columns < whole.device_lengths()[:, None])[:, None, None, None]
     pieces = query_pieces(grouped, max(whole.width, keys.shape[2]))
@@ -91,3 +100,9 @@ def whole_attention(
         grouped, pieces, (whole.keys, whole.values), live, (keys, values), chunk_mask, scaling, softcap
     )
     return joined(parts, sinks, query.dtype)
+
+
+def _row_of(whole: WholeKV, row: int) -> contextlib.nullcontext[list[Pair]]:
+    """All of a row, in one piece."""
+    n = whole.length(row)
+    return contextlib.nullcontext([(whole.keys[row, :, :n], whole.values[row, :, :n])] if n else [])

@@ -5,9 +5,13 @@ Dimension key: B rows, H KV heads, G query heads per KV head, Q queries, D head 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from icecache import _core
+from icecache.attention.chunk import chunk_attention
+from icecache.attention.inside import Inside
 from icecache.attention.partial import Partial, merge, partial_attention, with_sink_logits
 from icecache.pages import LayerPages
 from icecache.select import Services
@@ -24,13 +28,15 @@ def stream_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
+    inside: Inside,
     *,
-    chunk_mask: torch.Tensor,
     scaling: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend with a chunk of new tokens to everything before it, and to the chunk itself under `chunk_mask`.
+    """Attend with a chunk of new tokens to everything before it, and to the chunk itself.
+
+    On a GPU that can read the pages they come in pieces (`chunk`); elsewhere in blocks through staging memory.
 
     Parameters
     ----------
@@ -40,15 +46,20 @@ def stream_attention(
         (B, H * G, Q, D), post-RoPE.
     keys, values : torch.Tensor
         (B, H, C, D): the chunk's own, C >= Q.
-    chunk_mask : torch.Tensor
-        Bool, broadcastable to (B, Q, C): causality and padding inside the chunk.
+    inside : Inside
+        Causality and padding inside the chunk.
 
     Returns
     -------
     torch.Tensor
         (B, Q, H * G, Dv) in the query's dtype.
     """
+    if services.reads_pages(pages):
+        past = functools.partial(services.reader.open, pages, pool=services.pool, recorder=services.recorder)
+        with services.recorder.part("attention"):
+            return chunk_attention(past, query, keys, values, inside, scaling=scaling, softcap=softcap, sinks=sinks)
     grouped = by_kv_head(query, keys.shape[1])
+    chunk_mask = inside.mask(query.shape[2], keys.shape[2], query.device)
     near_keys, near_values, live = pages.near.view()
     near_mask = None if live is None else live[:, None, None, None, :]
     pieces = query_pieces(grouped, max(near_keys.shape[2], keys.shape[2], BLOCK_PAGES * 16))

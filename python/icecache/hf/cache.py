@@ -12,11 +12,11 @@ import weakref
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from icecache.attention import DeviceStep, decode_attention, stream_attention
+from icecache.attention import DeviceStep, Inside, decode_attention, stream_attention
 from icecache.errors import BadTensorError, CacheStateError, UnsupportedModelError
 from icecache.hf.call import Call, Pair
 from icecache.hf.group import page_in, send
-from icecache.hf.masks import ChunkMask, chunk_mask, prompt_padding
+from icecache.hf.masks import chunk_mask, prompt_padding
 from icecache.hf.static import with_sinks
 from icecache.hf.step import Engine, Sequence, current_step
 from icecache.pages import LayerPages, WholeKV
@@ -288,7 +288,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             return out
         return self._attend_past(call, chunk_mask(self, call))
 
-    def _attend_past(self, call: Call, mask: ChunkMask) -> torch.Tensor:
+    def _attend_past(self, call: Call, mask: Inside) -> torch.Tensor:
         """Attend to what is kept and to the staged tokens."""
         assert self._pages is not None
         if call.query.shape[2] == 1 and call.keys.shape[2] == 1:
@@ -308,7 +308,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             self._deferred = (call.keys, call.values), mask.valid  # until the end: a sharing layer comes later
         return out
 
-    def _attend_chunk(self, kept: LayerPages | WholeKV, call: Call, mask: ChunkMask) -> torch.Tensor:
+    def _attend_chunk(self, kept: LayerPages | WholeKV, call: Call, mask: Inside) -> torch.Tensor:
         """Attend exactly with a later chunk, which `kept` does not hold yet."""
         assert isinstance(kept, LayerPages)
         return stream_attention(
@@ -317,7 +317,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
             call.query,
             call.keys,
             call.values,
-            chunk_mask=mask.own,
+            mask,
             scaling=call.scaling,
             softcap=call.softcap,
             sinks=call.sinks,
@@ -347,14 +347,14 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self._pages.near.count_one()
         self._pages.padding.append(1, None)
 
-    def _attend_token_by_token(self, pages: LayerPages | WholeKV, call: Call, mask: ChunkMask) -> torch.Tensor:
+    def _attend_token_by_token(self, pages: LayerPages | WholeKV, call: Call, mask: Inside) -> torch.Tensor:
         """Process a chunk exactly as if its tokens had come one by one."""
         if call.shared:
             assert self._before_chunk is not None
             pages = self._before_chunk.fork()
         elif self.may_be_shared:
             self._before_chunk = pages.fork()
-        if not mask.causal:
+        if mask.special is not None:
             msg = f"layer {self.layer_idx}: sparse prefill needs a plain causal mask inside the chunk"
             raise UnsupportedModelError(msg)
         services, outputs = self.engine.services, []

@@ -269,6 +269,7 @@ class ModelHooks:
         layers = [layer for layer in cache.layers if isinstance(layer, RetrievalLayer)]
         for layer in layers:
             layer.finish()
+        self.engine.services.reader.settle()
         self.engine.services.stores.settle()
         if step.paged:
             self.engine.services.recorder.steps += 1
@@ -292,6 +293,7 @@ class _Undo:
         self.lengths = [_length(layer) for layer in cache.layers]
 
     def __call__(self) -> None:
+        self.hooks.engine.services.reader.settle()
         self.hooks.engine.services.stores.settle()
         empty = all(not n for n in self.lengths)
         if empty:

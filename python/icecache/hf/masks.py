@@ -6,11 +6,11 @@ kind of mask before that. Anything else is a custom pattern: honoured exactly or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from icecache.attention import Inside, causal
 from icecache.errors import CacheStateError, UnsupportedModelError
 from icecache.hf.step import Step, current_step
 
@@ -19,28 +19,8 @@ if TYPE_CHECKING:
     from icecache.hf.call import Call
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkMask:
-    """Mask of a later chunk against itself.
-
-    Parameters
-    ----------
-    own : torch.Tensor
-        Bool, broadcastable to (B, Q, C), on the compute device.
-    valid : torch.Tensor or None
-        Bool (B, C) on the CPU: which new positions are tokens; None: all.
-    causal : bool
-        Whether `own` is plain causality and padding.
-    """
-
-    own: torch.Tensor
-    valid: torch.Tensor | None
-    causal: bool
-
-
-_SEEN = torch.ones(1, 1, 1, dtype=torch.bool)
-_ONE_TOKEN = ChunkMask(_SEEN, None, causal=True)
-"""Mask of a decode step; made once because it is needed in every layer of every step. Its `own` is never read."""
+_ONE_TOKEN = Inside()
+"""Mask of a decode step; made once because it is needed in every layer of every step."""
 
 
 def allowed_4d(layer_idx: int, mask: torch.Tensor, length: int) -> torch.Tensor:
@@ -91,7 +71,7 @@ def prompt_padding(layer_idx: int, mask: torch.Tensor | None, length: int) -> to
     return None if bool(padding.all()) else padding
 
 
-def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
+def chunk_mask(layer: RetrievalLayer, call: Call) -> Inside:
     """Mask of the staged tokens against themselves; checks that nothing earlier is hidden from them.
 
     A single new token sees everything before it; a 2D mask is read once per step then, not once per layer: that waits
@@ -101,18 +81,12 @@ def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
     n_queries, n_keys = call.query.shape[2], call.keys.shape[2]
     if n_keys == 1 and (mask is None or mask.dim() == 2):
         valid = None if mask is None else new_tokens(_step(), layer, mask)
-        return _ONE_TOKEN if valid is None else ChunkMask(_SEEN, valid, causal=True)
-    if mask is not None and mask.dim() == 2:
-        _check_past(layer, mask, layer.get_seq_length() - n_keys)
-    causal = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_keys - n_queries)[None]
+        return _ONE_TOKEN if valid is None else Inside(valid)
     if mask is None:
-        return ChunkMask(causal, None, causal=True)
+        return Inside()
     if mask.dim() == 2:
-        new = mask[:, -n_keys:].bool()
-        valid = new.cpu()  # sync: once per chunk and layer
-        if bool(valid.all()):
-            return ChunkMask(causal, None, causal=True)
-        return ChunkMask(causal & new[:, None].to(device), valid, causal=True)
+        _check_past(layer, mask, layer.get_seq_length() - n_keys)
+        return _padded_chunk(mask, n_keys)
     length = layer.get_seq_length()
     allowed = allowed_4d(layer.layer_idx, mask, length)
     past = length - n_keys
@@ -123,8 +97,20 @@ def chunk_mask(layer: RetrievalLayer, call: Call) -> ChunkMask:
         raise UnsupportedModelError(msg)
     own = allowed[..., past:]
     valid = own.any(1).expand(call.query.shape[0], -1).cpu()  # sync: custom masks only
-    plain = bool((own == (causal & valid[:, None].to(device))).all())
-    return ChunkMask(own, None if bool(valid.all()) else valid, causal=plain)
+    plain = bool((own == (causal(n_queries, n_keys, device) & valid[:, None].to(device))).all())
+    return Inside(None if bool(valid.all()) else valid, None if plain else own)
+
+
+def _padded_chunk(mask: torch.Tensor, n_keys: int) -> Inside:
+    """Read a 2D mask, once a step: all layers are given the same one."""
+    step = current_step()
+    if step is not None and step.chunk is not None and step.chunk[0] is mask and step.chunk[1] == n_keys:
+        return Inside(step.chunk[2])
+    valid = mask[:, -n_keys:].bool().cpu()  # sync: once per chunk
+    known = None if bool(valid.all()) else valid
+    if step is not None:
+        step.chunk = mask, n_keys, known
+    return Inside(known)
 
 
 def _step() -> Step:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from icecache.attention import Notes, masked_attention, read_prompt, whole_attention
+from icecache.attention import Inside, Notes, masked_attention, read_prompt, whole_attention
 from icecache.attention.mass import add_mass
 from icecache.config import PAGE_TOKENS
 from icecache.hf.cache import RetrievalLayer
 from icecache.hf.call import Call
-from icecache.hf.masks import ChunkMask, prompt_padding
+from icecache.hf.masks import prompt_padding
 from icecache.hf.step import Engine, Sequence
 from icecache.pages import LayerPages, WholeKV
 from icecache.select import Chosen, MaskPolicy, StepView
@@ -97,7 +97,7 @@ class PolicyLayer(RetrievalLayer):
         self._pages = WholeKV.build(keys, values, valid)
         self._dense, self._pending = None, True
 
-    def _attend_past(self, call: Call, mask: ChunkMask) -> torch.Tensor:
+    def _attend_past(self, call: Call, mask: Inside) -> torch.Tensor:
         if self._pending:
             self._prepare(call)
         return super()._attend_past(call, mask)
@@ -156,13 +156,13 @@ class PolicyLayer(RetrievalLayer):
             attended=mask,
         )
 
-    def _attend_chunk(self, kept: LayerPages | WholeKV, call: Call, mask: ChunkMask) -> torch.Tensor:
+    def _attend_chunk(self, kept: LayerPages | WholeKV, call: Call, mask: Inside) -> torch.Tensor:
         return whole_attention(
             self._whole(kept),
             call.query,
             call.keys,
             call.values,
-            chunk_mask=mask.own,
+            mask,
             scaling=call.scaling,
             softcap=call.softcap,
             sinks=call.sinks,

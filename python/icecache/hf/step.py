@@ -80,6 +80,9 @@ class Step:
     device: DeviceStep | None = None
     """Static buffers that the layers attend on instead of their own, while a graph is rehearsed or captured."""
 
+    chunk: tuple[torch.Tensor, int, torch.Tensor | None] | None = None
+    """A 2D mask that was read: the mask, n new positions, and bool (n_rows, n) on the CPU: tokens; None: all are."""
+
     new_valid: torch.Tensor | None = None
     """In a decode step: bool (n_rows, 1) on the CPU, which new positions are tokens; None: all."""
 

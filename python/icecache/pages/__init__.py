@@ -16,6 +16,7 @@ from icecache.pages.padding import PaddingLog as PaddingLog
 from icecache.pages.shelf import Choice as Choice
 from icecache.pages.shelf import Shelf as Shelf
 from icecache.pages.shelf import columns as columns
+from icecache.pages.shelf import page_strides as page_strides
 from icecache.pages.shelf import row_dim as row_dim
 from icecache.pages.store import Stores as Stores
 from icecache.pages.store import as_bytes as as_bytes

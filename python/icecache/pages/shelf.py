@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from icecache import _core
+from icecache.config import PAGE_TOKENS
 from icecache.errors import CacheStateError
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -116,6 +117,15 @@ def columns(place: int, key_bytes: int, value_bytes: int) -> tuple[int, int]:
     """First byte of the key and of the value of the layer at `place` in a row, the leader's key included."""
     start = place * (key_bytes + value_bytes)
     return start, start + key_bytes
+
+
+def page_strides(place: int, key_dim: int, value_dim: int, n_places: int) -> tuple[int, int, int, int]:
+    """Elements from a page's address to the first key of the layer at `place`, from key to key, and for its values."""
+    width, values = row_dim(key_dim, value_dim, n_places), PAGE_TOKENS * key_dim
+    if place == 0:
+        return 0, key_dim, values, width
+    key, value = (values + x - key_dim for x in columns(place, key_dim, value_dim))
+    return key, width, value, width
 
 
 def joined(pairs: Sequence[Pair]) -> Pair:

@@ -16,7 +16,7 @@ from icecache.errors import BadTensorError, CacheStateError, ConfigError
 from icecache.pages import Choice, Inserter, LayerPages, Offload, Stores, drain, hand_over
 from icecache.select.charges import Charges
 from icecache.stats import Recorder, Trace
-from icecache.transfer import Fetched, Staging
+from icecache.transfer import Fetched, PageReader, Staging
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ class Services:
     """Pages a search scores from their keys."""
     offload: Offload
     inserter: Inserter
+    reader: PageReader = field(default_factory=PageReader)
     trace: Trace | None = None
     mass: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     """Sum of the estimated mass kept, on each device: read only when somebody asks, so a step need not wait."""
@@ -106,6 +107,12 @@ class Services:
     def offload_from(self, device: torch.device) -> Offload | None:
         """Who takes prompts from `device` in the background; None: nobody, the device needs every core itself."""
         return self.offload if device.type == "cuda" else None
+
+    def reads_pages(self, pages: LayerPages) -> bool:
+        """Whether the device can read these pages where they lie."""
+        memory = self.stores.memory
+        cuda = pages.near.keys.device.type == "cuda"
+        return cuda and memory is not None and memory.is_pinned() and self.stores.owns(pages.store)
 
     def drain(self, layers: Sequence[LayerPages]) -> None:
         """Move what is due from the windows of `layers` to their forests; see :func:`icecache.pages.drain`."""

@@ -4,5 +4,6 @@ from icecache.transfer.mailbox import ADDRESS_BITS as ADDRESS_BITS
 from icecache.transfer.mailbox import MailboxShape as MailboxShape
 from icecache.transfer.mailbox import MailboxTensors as MailboxTensors
 from icecache.transfer.mailbox import open_mailbox as open_mailbox
+from icecache.transfer.pieces import PageReader as PageReader
 from icecache.transfer.staging import Fetched as Fetched
 from icecache.transfer.staging import Staging as Staging

@@ -30,6 +30,7 @@ ALLOWED = {
     "__init__": BASE | {"index", "runtime", "stats"},
 }
 ALLOWED["attention"] = ALLOWED["attention"] | {"kernels"}
+ALLOWED["transfer"] = ALLOWED["transfer"] | {"kernels"}
 
 
 def _imports(path: Path) -> list[str]:

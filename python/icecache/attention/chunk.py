@@ -1,0 +1,111 @@
+"""Exact attention of a later chunk on a GPU: to itself, and to a past that arrives in pieces; merged by log-sum-exp.
+
+Dimension key: B rows, H KV heads, G query heads per KV head, Q queries, C tokens of the chunk, D head dim.
+
+Padding is left out, so that what remains of a row is plain: a chunk under a causal mask, and a past that is seen whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+
+import torch
+
+from icecache.attention.inside import Inside
+from icecache.attention.partial import Partial, partial_attention, with_sink_logits
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Past = Callable[[int], AbstractContextManager[Iterable[Pair]]]
+"""Of a row: keys and values ``[H, n, D]`` of all tokens before the chunk, in any order; on their way from entry on."""
+
+LOGIT_BYTES = 64 << 20
+"""Upper bound of one block of float32 logits under a mask that is not causal."""
+
+
+def chunk_attention(
+    past: Past,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    inside: Inside,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend with a chunk of new tokens to everything before it, and to itself.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        (B, H * G, Q, D), post-RoPE: of the last Q tokens of the chunk.
+    keys, values : torch.Tensor
+        (B, H, C, D): the chunk's own, C >= Q.
+    sinks : torch.Tensor or None
+        (H * G,), extra logits.
+
+    Returns
+    -------
+    torch.Tensor
+        (B, Q, H * G, Dv) in the query's dtype; 0 for padding.
+    """
+    n_rows, n_heads, n_new = keys.shape[:3]
+    n_queries, value_dim = query.shape[2], values.shape[3]
+    grouped = query.view(n_rows, n_heads, -1, n_queries, query.shape[3])
+    out = query.new_zeros(n_rows, n_queries, n_heads, grouped.shape[2], value_dim)
+    for b in range(n_rows):
+        q, own, special, places = grouped[b], (keys[b], values[b]), None, None
+        if inside.special is not None:
+            special = inside.special[b if len(inside.special) > 1 else 0]
+        elif inside.valid is not None and not bool(inside.valid[b].all()):
+            tokens = inside.valid[b].nonzero().flatten()
+            places = (tokens[tokens >= n_new - n_queries] - (n_new - n_queries)).to(keys.device)
+            if not len(places):
+                continue
+            tokens = tokens.to(keys.device)
+            q, own = q.index_select(2, places), (keys[b].index_select(1, tokens), values[b].index_select(1, tokens))
+        part = _row(past(b), q, own, special, scaling, softcap)
+        if sinks is not None:
+            part = with_sink_logits(part, sinks)
+        found = part.out[0].permute(2, 0, 1, 3).to(out.dtype)
+        if places is None:
+            out[b] = found
+        else:
+            out[b].index_copy_(0, places, found)
+    return out.flatten(2, 3)
+
+
+def _row(
+    past: AbstractContextManager[Iterable[Pair]],
+    query: torch.Tensor,
+    own: Pair,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> Partial:
+    """Attend with one row (H, G, Q, D); the result has an axis of length 1 for it."""
+    from icecache.kernels.part_attention import part_attention
+
+    with past as pieces:  # on their way while the chunk attends to itself
+        if mask is None:
+            part = part_attention(query, *own, scaling, softcap=softcap, causal=True)
+        else:
+            part = _masked(query, own, mask, scaling, softcap)
+        for keys, values in pieces:
+            part = part_attention(query, keys, values, scaling, softcap=softcap, onto=part)
+    return Partial(part[0][None], part[1][None])
+
+
+def _masked(query: torch.Tensor, own: Pair, mask: torch.Tensor, scaling: float, softcap: float | None) -> Pair:
+    """Attend under any mask (Q, C), some queries at a time."""
+    n_heads, group, n_queries, _ = query.shape
+    size = max(1, LOGIT_BYTES // (4 * n_heads * group * own[0].shape[1]))
+    keys, values = own[0][None], own[1][None]
+    parts = [
+        partial_attention(
+            query[None, :, :, i : i + size], keys, values, scaling=scaling, mask=mask[i : i + size], softcap=softcap
+        )
+        for i in range(0, n_queries, size)
+    ]
+    return torch.cat([p.out[0] for p in parts], 2), torch.cat([p.lse[0] for p in parts], 2)
