@@ -17,6 +17,7 @@ import torch
 
 from icecache.errors import ConfigError, DataError
 from icecache.eval.arms import DENSE, dense_layers
+from icecache.eval.folder import check_folder
 from icecache.eval.greedy import answer_greedily, step
 from icecache.eval.heads import MEASURES, HeadRow, known_mean
 from icecache.eval.machine import describe_run, this_command
@@ -60,6 +61,7 @@ def run_attention(options: EvalOptions, write: Callable[[str], None]) -> list[He
     shipped = options.model == SHIPPED or bool(options.tasks)
     tasks = choose_tasks(options.suite if options.suite != ("needle",) or shipped else ("passkey",), options.tasks)
     check_device(options.device)
+    check_folder(options.out, resume=True)
     source = open_model(options.model)
     cells = make_cells(
         tasks,

@@ -116,19 +116,25 @@ def load_model(source: ModelSource, device: str, dtype: str) -> PreTrainedModel:
     Raises
     ------
     DataError
-        If the weights cannot be read.
+        If the weights cannot be read, or are not all there: transformers would draw the others at random.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if source.name == SHIPPED:
         return load_needle(device, getattr(torch, dtype))[0]
     try:
         with without_progress_bar():
-            model = AutoModelForCausalLM.from_pretrained(source.path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                source.path, dtype=getattr(torch, dtype), output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         msg = f"--model {source.name}: its weights cannot be read: {_first_line(error)}"
         raise DataError(msg) from error
+    if missing := sorted(info["missing_keys"]):
+        msg = f"--model {source.name}: its files lack {len(missing)} weights of the model, such as {missing[0]}"
+        raise DataError(msg)
     return model.to(device).eval()
 
 

@@ -190,6 +190,10 @@ def test_a_budget_over_everything_keeps_everything(tmp_path):
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigError, match="policies with a budget, got full"):
         run_attention(EvalOptions(out=tmp_path, policies=("full",), controls=()), lambda _: None)
+    (tmp_path / "file").write_text("")
+    below = EvalOptions(out=tmp_path / "file" / "below", tasks=("kv32",), lengths=(256,), controls=(), limit=1)
+    with pytest.raises(DataError, match="cannot write"):  # before anything is measured
+        run_attention(below, pytest.fail)
     short = ("dense_below=4096",)
     dense = EvalOptions(out=tmp_path, tasks=("kv32",), lengths=(256,), controls=(), limit=1, settings=short)
     with pytest.raises(DataError, match="no layer read pages"):

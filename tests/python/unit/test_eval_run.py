@@ -191,6 +191,42 @@ def test_a_model_that_is_not_there_or_cannot_read_is_named(tmp_path):
         run_eval(_options(tmp_path / "r", model=str(mute)), write=lambda _: None)
 
 
+def _spoiled(folder, spoil):
+    """Copy the shipped model and spoil it."""
+    shutil.copytree(needle_path(), folder)
+    spoil(folder)
+    return str(folder)
+
+
+def _cut(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100_000])
+
+
+def _other_shape(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 100}))
+
+
+def _one_layer_more(folder):
+    config = json.loads((folder / "config.json").read_text())
+    more = {"num_hidden_layers": 5, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps({**config, **more}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_cut, "weights cannot be read: .*not fully covered"),
+        (_other_shape, "weights cannot be read"),
+        (_one_layer_more, r"lack 9 weights of the model, such as model\.layers\.4"),
+    ],
+)
+def test_weights_that_are_damaged_or_not_all_there_are_no_model(tmp_path, spoil, message):
+    with pytest.raises(DataError, match=message):
+        run_eval(_options(tmp_path / "r", model=_spoiled(tmp_path / "m", spoil)), write=lambda _: None)
+
+
 def test_a_context_longer_than_the_model_is_found_before_it_runs(tmp_path):
     short = tmp_path / "short"
     shutil.copytree(needle_path(), short)
