@@ -28,6 +28,7 @@ from pathlib import Path
 
 from icecache.arguments import task_list, token_count
 from icecache.eval.folder import MANIFEST, SAMPLES, RunFolder, merge_folders, read_manifest, read_records
+from icecache.eval.pool import pool
 from icecache.eval.report import write_report
 
 MODELS = {
@@ -246,7 +247,10 @@ def borrowed(folder: Path, into: Path) -> Path:
 
 
 def merge(args: argparse.Namespace) -> None:
-    """Put the folders of each model into one of `--into`, records compressed; `--earlier` ones fill what is missing."""
+    """Put the folders of each model into one of `--into`, records compressed, and write the table of all models.
+
+    Where a folder lacks records, those of `--earlier` ones fill in.
+    """
     for model in MODELS:
         folders = sorted(p.parent for p in args.out.glob(f"{model}.*/{SAMPLES}") if p.stat().st_size)
         if not folders:
@@ -264,6 +268,9 @@ def merge(args: argparse.Namespace) -> None:
         for name in (MANIFEST, "report.md"):
             shutil.copy(whole / name, target / name)
         print(f"{model}: {n} records of {len(folders)} runs in {target}")
+    folders = sorted(args.into.glob(f"eval-*-{args.machine}"))
+    if folders:
+        (args.into / f"eval-needle-{args.machine}.md").write_text(pool(folders), encoding="utf-8")
 
 
 def main() -> None:
