@@ -208,8 +208,10 @@ def _start(job: Job, args: argparse.Namespace, rows: int, seconds: float) -> str
         "HF_HUB_OFFLINE": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
-    command = [*job.command(rows), "--out", str(args.out / job.name), "--device", args.device]
-    with (args.out / f"{job.name}.log").open("a") as log:
+    name = f"{job.name}{args.suffix}"
+    command = [*job.command(rows), "--out", str(args.out / name), "--device", args.device]
+    command += [f"--set={pair}" for pair in args.settings]
+    with (args.out / f"{name}.log").open("a") as log:
         try:
             done = subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=environment
@@ -292,6 +294,10 @@ def main() -> None:
         sub.add_argument("--seconds", type=float, required=True, help="begin and let live no job beyond")
         sub.add_argument("--workers", type=int, default=4, help="processes at once")
         sub.add_argument("--device", default="cuda")
+        sub.add_argument(
+            "--set", dest="settings", action="append", default=[], metavar="KEY=VALUE", help="of IceConfig"
+        )
+        sub.add_argument("--suffix", default="", help="of the folders: records with other settings need others")
         sub.add_argument("--models", type=task_list, default=tuple(MODELS), help="of " + ", ".join(MODELS))
     args = parser.parse_args()
     {"run": run, "merge": merge}[args.verb](args)
