@@ -16,6 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
+WIDE_ROOM = 225 << 10
+"""Bytes of shared memory that a block of 128 keys in three stages needs: 539 TFLOP/s on an H200, where blocks of 64
+keys reach 442 (benches/results/chunks-h200)."""
+NARROW_ROOM = 160 << 10
+"""The same for blocks of 64 keys."""
+
 
 @triton.jit
 def _block(
@@ -201,14 +207,17 @@ def _(
     return None
 
 
-def default_tile(q: torch.Tensor, value_dim: int) -> tuple[int, int, int, int]:
+def default_tile(q: torch.Tensor, value_dim: int, causal: bool) -> tuple[int, int, int, int]:
     """Give queries and keys of a block, warps, and stages; benches/python/bench_chunk_attention.py sweeps them."""
     dim = max(triton.next_power_of_2(q.shape[3]), triton.next_power_of_2(value_dim))
     if q.dtype == torch.float32:
         return (32, 32, 4, 1) if dim <= 128 else (16, 16, 4, 1)
-    if dim <= 128:
-        return 128, 64, 8, 3
-    return 64, 64, 8, 2
+    room = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else 0
+    if dim <= 128 and room >= WIDE_ROOM:
+        return (128, 64, 8, 3) if causal else (128, 128, 8, 3)
+    if room >= NARROW_ROOM:
+        return (128, 64, 8, 3) if dim <= 128 else (64, 64, 8, 2)
+    return 64, 32, 4, 2
 
 
 def part_attention(
@@ -261,7 +270,7 @@ def part_attention(
     elif out.shape != (*q.shape[:3], values.shape[2]) or not out.is_contiguous() or not lse.is_contiguous():
         msg = f"onto: expected contiguous {(*q.shape[:3], values.shape[2])}, got {tuple(out.shape)}"
         raise ValueError(msg)
-    tiles = list(tile or default_tile(q, values.shape[2]))
+    tiles = list(tile or default_tile(q, values.shape[2], causal))
     _part_attention(q, keys, values, out, lse, scale, softcap or 0.0, causal, onto is not None, tiles)
     return out, lse
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from icecache.attention.inside import Inside
+from icecache.attention.library import library_attention, serves
 from icecache.attention.partial import Partial, partial_attention, with_sink_logits
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -68,11 +69,11 @@ def chunk_attention(
         part = _row(past(b), q, own, special, scaling, softcap)
         if sinks is not None:
             part = with_sink_logits(part, sinks)
-        found = part.out[0].permute(2, 0, 1, 3).to(out.dtype)
+        found = part.out[0].permute(2, 0, 1, 3)
         if places is None:
             out[b] = found
         else:
-            out[b].index_copy_(0, places, found)
+            out[b].index_copy_(0, places, found.to(out.dtype))
     return out.flatten(2, 3)
 
 
@@ -85,6 +86,7 @@ def _row(
     softcap: float | None,
 ) -> Partial:
     """Attend with one row (H, G, Q, D); the result has an axis of length 1 for it."""
+    from icecache.kernels.fold_part import fold_part
     from icecache.kernels.part_attention import part_attention
 
     with past as pieces:  # on their way while the chunk attends to itself
@@ -92,8 +94,13 @@ def _row(
             part = part_attention(query, *own, scaling, softcap=softcap, causal=True)
         else:
             part = _masked(query, own, mask, scaling, softcap)
+        fast, before = serves(query, own[1], softcap), 0
         for keys, values in pieces:
-            part = part_attention(query, keys, values, scaling, softcap=softcap, onto=part)
+            if fast and keys.shape[1] == before:  # a length that comes again is worth a plan
+                fold_part(*library_attention(query, keys, values, scaling), *part)
+            else:
+                part = part_attention(query, keys, values, scaling, softcap=softcap, onto=part)
+            before = keys.shape[1]
     return Partial(part[0][None], part[1][None])
 
 

@@ -4,8 +4,8 @@ Dimension key: H KV heads, N pages of all heads (head after head), T tokens of a
 
 On a GPU a kernel reads the pages where they lie, in page-locked memory, on a stream of its own. Two pieces are under
 way: while one is attended to, the next one crosses the bus. The first ones are short, so that the computation soon has
-something to do, and each is at most twice the one before: 4096 queries of a group of four are attended to a piece about
-as fast as a piece twice as long arrives (an H100).
+something to do, and each is at most half as long again as the one before: 4096 queries in groups of four attend to a
+piece in the time in which a piece that much longer arrives (8 KV heads of 128, bfloat16, an H200).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _LIVE = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape
 
 
 def piece_cuts(n_tokens: int, most: int, first: int = FIRST_TOKENS) -> list[tuple[int, int]]:
-    """Cut ``0 .. n_tokens`` into pieces of at most `most`, each at most twice the one before."""
+    """Cut ``0 .. n_tokens`` into pieces of at most `most`, each at most half as long again as the one before."""
     cuts, start, size = [], 0, min(first, most)
     while start < n_tokens:
         stop = min(start + size, n_tokens)
         cuts.append((start, stop))
-        start, size = stop, min(2 * size, most)
+        start, size = stop, min(size + size // 2, most)
     return cuts
 
 
