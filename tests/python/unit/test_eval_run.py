@@ -22,6 +22,8 @@ from icecache.eval.options import EvalOptions
 from icecache.eval.prefill import ready_kernels
 from icecache.eval.progress import Progress
 from icecache.eval.run import run_eval
+from icecache.hf import graph
+from icecache.hf.capture import capture
 
 
 def _options(out, **changes):
@@ -104,6 +106,28 @@ def test_exact_gives_the_tokens_of_full_and_arms_are_charged_what_they_read(run)
         assert by_arm["snapkv@64"][key].stats.generated_kept == "all"
         assert by_arm["no-context"][key].n_prompt < 40
         assert by_arm["no-context"][key].prompt_sha256 == full.prompt_sha256
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_our_arms_are_graphs_and_exact_still_gives_the_tokens_of_full(tmp_path, monkeypatch):
+    captured = []
+
+    def counted(own, step, *arguments):
+        captured.append(step.engine.config.budget)
+        return capture(own, step, *arguments)
+
+    monkeypatch.setattr(graph, "capture", counted)
+    controls = ("full", "exact", "random")
+    run_eval(
+        _options(tmp_path, device="cuda", lengths=(2048,), limit=4, batch=4, controls=controls), write=lambda _: None
+    )
+    assert set(captured) == {64}  # exact runs op by op: its budget is another
+    said = defaultdict(list)
+    for record in read_records(tmp_path):
+        said[record.arm].append(record.prediction)
+    assert said["exact"] == said["full"]
+    assert _scores(tmp_path)["icecache@64", "B"].count(1.0) >= 3
+    assert _scores(tmp_path)["random@64", "B"].count(1.0) <= 1
 
 
 def test_the_manifest_says_how_it_was_made(run):
