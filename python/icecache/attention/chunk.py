@@ -8,7 +8,7 @@ Padding is left out, so that what remains of a row is plain: a chunk under a cau
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -66,7 +66,8 @@ def chunk_attention(
                 continue
             tokens = tokens.to(keys.device)
             q, own = q.index_select(2, places), (keys[b].index_select(1, tokens), values[b].index_select(1, tokens))
-        part = _row(past(b), q, own, special, scaling, softcap)
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():  # kernels run on the current one
+            part = _row(past(b), q, own, special, scaling, softcap)
         if sinks is not None:
             part = with_sink_logits(part, sinks)
         found = part.out[0].permute(2, 0, 1, 3)

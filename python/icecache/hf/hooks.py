@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, cast
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 _LONG_WINDOW_TOKENS = 64
 """A window this much longer than it should be is drained at the end of its step, not at the next: its memory counts.
 Shorter ones wait, so that a rejected draft is cropped from the window and never touches the index."""
+
+_LONG_PROMPT_TOKENS = 8192
+"""A chunk that is long enough to keep a large device busy, and short enough for its memory."""
 
 
 class ModelHooks:
@@ -229,6 +233,7 @@ class ModelHooks:
         step.sequence.close()
         assert undo is not None
         if output is None:  # the forward itself raised
+            self._advise(sys.exc_info()[1], args, kwargs)
             undo()
             return
         try:
@@ -237,6 +242,17 @@ class ModelHooks:
         except BaseException:
             undo()
             raise
+
+    def _advise(self, error: BaseException | None, args: tuple[object, ...], kwargs: Mapping[str, object]) -> None:
+        """Name the remedy where a prompt is too long for the device."""
+        ids = self._argument("input_ids", args, kwargs)
+        n_new = ids.shape[1] if isinstance(ids, torch.Tensor) else 0
+        if isinstance(error, torch.OutOfMemoryError) and n_new > _LONG_PROMPT_TOKENS:
+            msg = (
+                f"no room on the device for the activations of {n_new} tokens at once: pass "
+                f"prefill_chunk_size={_LONG_PROMPT_TOKENS} to generate, or give the model the prompt in pieces"
+            )
+            warnings.warn(msg, RuntimeWarning, stacklevel=3)
 
     def _verify(self, step: Step, cache: Cache) -> None:
         """Every layer that was given keys must have attended with them, or the result is wrong."""

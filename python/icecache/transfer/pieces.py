@@ -144,7 +144,7 @@ class Pieces:
         keys, values = (t[:, : self._sizes[i]] for t in self._room[i % 2])
         with self._reader.beside(self._device) as event:
             skip = 0
-            if i == 0:
+            if i == 0 and self._n_near:
                 near, skip = self._near, self._n_near
                 torch.cat([near.sink_keys, near.window_keys], 1, out=keys[:, :skip])
                 torch.cat([near.sink_values, near.window_values], 1, out=values[:, :skip])

@@ -10,6 +10,7 @@ import itertools
 import pytest
 import torch
 from icecache import IceRuntime
+from icecache.hf import hooks
 from icecache.hf.cache import RetrievalLayer
 from icecache.kernels import page_gather, part_attention
 from icecache.select import Services
@@ -125,3 +126,23 @@ def test_pieces_cover_everything_and_grow_slowly():
         assert [t for first, stop in cuts for t in range(first, stop)] == list(range(n))
         sizes = [stop - first for first, stop in cuts]
         assert all(b <= min(1.5 * a, most) for a, b in itertools.pairwise(sizes))
+
+
+def test_a_prompt_that_does_not_fit_the_device_names_the_remedy(monkeypatch):
+    monkeypatch.setattr(hooks, "_LONG_PROMPT_TOKENS", 100)
+    model, ids = build("llama").to(DEVICE), prompt(1, 150).to(DEVICE)
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    with IceRuntime.wrap(model, **SMALL) as runtime:
+        cache = runtime.new_cache()
+        handle = model.model.layers[1].mlp.register_forward_pre_hook(full)
+        with (
+            pytest.warns(RuntimeWarning, match="150 tokens.*prefill_chunk_size=100"),
+            pytest.raises(torch.OutOfMemoryError),
+        ):
+            forward(model, ids, cache)
+        handle.remove()
+        assert cache.get_seq_length() == 0
+        forward(model, ids, cache)
