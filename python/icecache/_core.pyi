@@ -192,6 +192,13 @@ class PageStore:
         """Bytes of the pages in use."""
     def reserved_bytes(self) -> int:
         """Bytes taken from the system."""
+    def charge(self, n_bytes: int) -> None:
+        """Count `n_bytes` of other memory, in whole pages, towards the limit, until `discharge` with the same number.
+
+        `MemoryError` if they do not fit beside the pages in use.
+        """
+    def discharge(self, n_bytes: int) -> None:
+        """End what `charge` began."""
     def start_background(self) -> None:
         """Begin the thread that packs aside; it inherits cores and priority of the calling thread."""
     def reserve(self, n_bytes: int) -> None:

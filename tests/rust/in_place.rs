@@ -2,7 +2,7 @@
 
 use icecache_core::{Error, PAGE_TOKENS, PageTable, SearchOptions, Share, StoreOptions, View, search_view};
 
-use crate::support::{add, find, forest, forest_with, noise, pool};
+use crate::support::{add, find, forest, forest_with, noise, pool, try_add};
 
 /// Addresses and live slots of the pages with the given ids.
 fn by_id(view: &View, ids: &[i64]) -> Vec<(u64, u16)> {
@@ -97,4 +97,25 @@ fn reserved_bytes_are_taken_ahead_and_never_above_the_limit() {
     assert_eq!(store.reserved_bytes(), 1 << 13, "the pages lie in the reserved slabs");
     store.reserve_bytes(1 << 20).unwrap();
     assert_eq!(store.reserved_bytes(), 1 << 14);
+}
+
+#[test]
+fn charged_bytes_leave_less_for_pages_and_no_trace_when_they_go() {
+    let page = 2 * PAGE_TOKENS * 8 * 4;
+    let options = StoreOptions { slab_bytes: page, limit_bytes: Some(60 * page), ..StoreOptions::default() };
+    let (pool, forest) = (pool(1), forest_with(1, 8, options));
+    let store = forest.store();
+    add(&pool, &forest, &noise(8 * 16, 1));
+    let used = store.used_bytes();
+    store.charge(30 * page - 1).unwrap();
+    assert_eq!(store.used_bytes(), used, "charged memory holds no pages");
+    let error = store.charge(30 * page).unwrap_err();
+    assert!(matches!(error, Error::MemoryLimit { needed, available } if needed > available));
+    store.reserve_bytes(1 << 20).unwrap();
+    assert_eq!(store.reserved_bytes(), 30 * page, "what is reserved and what is charged stay below the limit");
+    let full = (2..60).find_map(|seed| try_add(&pool, &forest, &noise(8 * 16, seed)).err()).unwrap();
+    assert!(matches!(full, Error::MemoryLimit { .. }));
+    assert!(store.used_bytes() <= 30 * page);
+    store.discharge(30 * page - 1);
+    add(&pool, &forest, &noise(8 * 16, 99));
 }

@@ -70,7 +70,7 @@ pub struct PageStore {
     /// `log2` of the pages of a slab.
     slab_shift: u32,
     /// Most pages in use at a time.
-    pub(crate) limit_pages: usize,
+    limit_pages: usize,
     /// Where the memory of its pages comes from.
     pub(crate) allocator: Box<dyn SlabAllocator>,
     buckets: [Once<Bucket>; N_BUCKETS],
@@ -78,8 +78,10 @@ pub struct PageStore {
     n_slabs: AtomicUsize,
     /// Where to look for free pages first.
     lowest: Lowest,
-    /// Pages leased, promised to a lease that is being filled, or waiting for a step to end.
+    /// Pages leased, promised to a lease that is being filled, waiting for a step to end, or charged.
     used_pages: AtomicUsize,
+    /// Pages that other memory counts for; part of `used_pages`, so that one number is held against the limit.
+    charged_pages: AtomicUsize,
     pub(crate) retired: Retired,
     /// Packs stretches of all its forests.
     pub(crate) background: Background,
@@ -115,6 +117,7 @@ impl PageStore {
             n_slabs: AtomicUsize::new(0),
             lowest: Lowest::default(),
             used_pages: AtomicUsize::new(0),
+            charged_pages: AtomicUsize::new(0),
             retired: Retired::default(),
             background: Background::default(),
             provision: Provision::default(),
@@ -146,6 +149,26 @@ impl PageStore {
         self.n_slabs.load(Ordering::Relaxed) * self.slab_layout_bytes()
     }
 
+    /// Counts `bytes` of other memory, rounded up to pages, towards the limit, until [`Self::discharge`]. Lock-free.
+    ///
+    /// # Errors
+    /// If they do not fit beside the pages in use; nothing changes then.
+    pub fn charge(&self, bytes: usize) -> Result<()> {
+        let n = bytes.div_ceil(self.page_bytes);
+        self.promise(n)?;
+        // Relaxed: a statistic. In this order, and in the other one below, what is in use never looks less than it is.
+        self.charged_pages.fetch_add(n, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Ends what [`Self::charge`] began with the same number of bytes.
+    pub fn discharge(&self, bytes: usize) {
+        let n = bytes.div_ceil(self.page_bytes);
+        // Relaxed: as above; no memory changes hands.
+        self.charged_pages.fetch_sub(n, Ordering::Relaxed);
+        self.used_pages.fetch_sub(n, Ordering::Relaxed);
+    }
+
     /// Begins the thread that packs aside, which otherwise begins with the first stretch. It inherits cores and priority of
     /// the calling thread.
     pub fn start_background(&self) {
@@ -155,7 +178,13 @@ impl PageStore {
     /// Pages in use, or promised.
     pub(crate) fn used_pages(&self) -> usize {
         // Relaxed: a statistic, it orders nothing.
-        self.used_pages.load(Ordering::Relaxed)
+        self.used_pages.load(Ordering::Relaxed).saturating_sub(self.charged_pages.load(Ordering::Relaxed))
+    }
+
+    /// Pages that the limit leaves beside those in use and what is charged.
+    pub(crate) fn room(&self) -> usize {
+        // Relaxed: a statistic, it orders nothing.
+        self.limit_pages.saturating_sub(self.used_pages.load(Ordering::Relaxed))
     }
 
     /// Pages that exist, used or not.
@@ -229,8 +258,8 @@ impl PageStore {
         }
     }
 
-    /// Takes `n` pages, lowest ids first, all or none. Lock-free but for the allocator.
-    pub(crate) fn lease(self: &Arc<Self>, n: usize) -> Result<Lease> {
+    /// Counts `n` more pages as used, if the limit allows it.
+    fn promise(&self, n: usize) -> Result<()> {
         let fits = |used: usize| used.checked_add(n).filter(|&sum| sum <= self.limit_pages);
         // Acquire: pairs with the Release in `give_back`; the bits of all pages that were subtracted are set.
         let promised = self.used_pages.fetch_update(acquire(Site::Free), Ordering::Relaxed, fits);
@@ -238,6 +267,12 @@ impl PageStore {
             let bytes = |pages: usize| pages.saturating_mul(self.page_bytes);
             return Err(Error::MemoryLimit { needed: bytes(n), available: bytes(self.limit_pages - used) });
         }
+        Ok(())
+    }
+
+    /// Takes `n` pages, lowest ids first, all or none. Lock-free but for the allocator.
+    pub(crate) fn lease(self: &Arc<Self>, n: usize) -> Result<Lease> {
+        self.promise(n)?;
         // From here on the lease gives back what it has, should memory be out.
         let mut lease = Lease { store: Arc::clone(self), pages: Vec::with_capacity(n), exposed: false };
         loop {

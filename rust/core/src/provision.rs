@@ -58,7 +58,7 @@ impl PageStore {
     pub fn reserve_bytes(&self, bytes: usize) -> Result<()> {
         // Leases that come later take from what is reserved here.
         let used = self.used_pages();
-        self.grow_to(used + bytes.div_ceil(self.page_bytes()).min(self.limit_pages - used))
+        self.grow_to(used + bytes.div_ceil(self.page_bytes()).min(self.room()))
     }
 
     /// Takes slabs from the allocator until there are `n_pages` pages, used or not.
@@ -84,7 +84,7 @@ impl PageStore {
     pub(crate) fn foresee(self: &Arc<Self>, tokens: usize, sealing: Sealing) {
         let used = self.used_pages();
         let wanted = (self.provision.trees.load(Ordering::Relaxed) * soon(tokens, sealing)).min(used / MOST);
-        let end = (used + wanted).min(self.limit_pages);
+        let end = used + wanted.min(self.room());
         if end <= self.provision.ready.load(Ordering::Relaxed) || self.provision.told.swap(true, Ordering::Relaxed) {
             return;
         }

@@ -90,6 +90,20 @@ impl PageStore {
         self.inner.reserved_bytes()
     }
 
+    /// Count `n_bytes` of other memory, in whole pages, towards the limit, until `discharge` with the same number.
+    ///
+    /// `MemoryError` if they do not fit beside the pages in use.
+    fn charge(&self, py: Python<'_>, n_bytes: &Bound<'_, PyAny>) -> PyResult<()> {
+        let n_bytes = count(n_bytes, "n_bytes")?;
+        run(py, || self.inner.charge(n_bytes))
+    }
+
+    /// End what `charge` began.
+    fn discharge(&self, n_bytes: &Bound<'_, PyAny>) -> PyResult<()> {
+        self.inner.discharge(count(n_bytes, "n_bytes")?);
+        Ok(())
+    }
+
     /// Begin the thread that packs aside; it inherits cores and priority of the calling thread.
     fn start_background(&self) {
         self.inner.start_background();
