@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from icecache.index.check import as_count, one_of
 from icecache.index.convert import as_matrix
 from icecache.index.result import SearchResult
 
@@ -42,12 +43,8 @@ def brute_force(queries: npt.ArrayLike, vectors: npt.ArrayLike, k: int = 10, met
     -----
     Computed in float64 with NumPy. It is the reference the index is measured against, not a fast path.
     """
-    if metric not in ("ip", "l2", "cosine"):
-        msg = f"metric: expected 'ip', 'l2' or 'cosine', got {metric!r}"
-        raise ValueError(msg)
-    if k < 0:
-        msg = f"k: expected at least 0, got {k}"
-        raise ValueError(msg)
+    one_of(metric, "metric", ("ip", "l2", "cosine"))
+    k = as_count(k, "k")
     dim = np.shape(vectors)[-1] if np.ndim(vectors) == 2 else np.shape(queries)[-1]
     base32, _ = as_matrix(vectors, "vectors", dim)
     query32, single = as_matrix(queries, "queries", dim)

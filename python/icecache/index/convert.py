@@ -132,8 +132,11 @@ def as_rows(values: npt.ArrayLike, name: str, dim: int) -> tuple[npt.NDArray[np.
     TypeError
         If `values` is not numeric or lies on another device than the CPU.
     ValueError
-        If the shape is wrong.
+        If the shape is wrong or an element is masked.
     """
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        msg = f"{name}: expected numbers everywhere, got a masked array; fill it or drop the rows first"
+        raise ValueError(msg)
     try:
         array = np.asarray(from_tensor(values, name))
     except ValueError as error:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from icecache import _core
 from icecache.index.brute import Metric
+from icecache.index.check import as_count, one_of
 from icecache.index.convert import as_ids, as_matrix, as_rows, from_tensor
 from icecache.index.pool import shared_pool
 from icecache.index.reading import Reading
@@ -76,9 +77,10 @@ class Index(Reading):
         codes: bool = True,
         threads: int | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            msg = f"threads: expected at least 1, got {threads}"
-            raise ValueError(msg)
+        if threads is not None:
+            threads = as_count(threads, "threads", 1)
+        one_of(metric, "metric", ("ip", "l2", "cosine"))
+        one_of(dtype, "dtype", ("float32", "float16", "bfloat16", "int8"))
         self._core = _core.VectorIndex(dim, metric, dtype, center, seed, codes)
         self._threads = threads
         self.beam: int | None = None
@@ -186,6 +188,10 @@ class Index(Reading):
             The index is a snapshot or a mapped file.
         """
         rows, single = as_rows(vectors, "vectors", self.dim)
+        one_of(on_conflict, "on_conflict", ("error", "replace", "skip"))
+        if progress is not None and not callable(progress):
+            msg = f"progress: expected a callable, got {progress!r}"
+            raise TypeError(msg)
         given = None if ids is None else as_ids(np.reshape(from_tensor(ids, "ids"), -1) if single else ids)
         return self._core.add(self._pool(threads), given, rows, on_conflict, progress)
 
@@ -203,9 +209,7 @@ class Index(Reading):
         KeyError
             If an id is missing and `missing` is "error".
         """
-        if missing not in ("ignore", "error"):
-            msg = f"missing: expected 'ignore' or 'error', got {missing!r}"
-            raise ValueError(msg)
+        one_of(missing, "missing", ("ignore", "error"))
         return self._core.remove(shared_pool(self._threads), as_ids(ids), missing == "error")
 
     def to_bytes(self) -> bytes:
@@ -229,6 +233,8 @@ class Index(Reading):
     def save(self, file: str | os.PathLike[str] | BinaryIO) -> None:
         """Write one snapshot to a path (a new file, synced, then renamed over the old one) or to an open binary file.
 
+        A symbolic link is followed and stays; a device or a pipe is written to.
+
         Rows of removed vectors that were not reclaimed yet are part of the file; `compact` drops them.
 
         Raises
@@ -238,8 +244,11 @@ class Index(Reading):
         """
         if isinstance(file, (str, os.PathLike)):
             self._core.save(file)
-        else:
+        elif hasattr(file, "write"):
             file.write(self.to_bytes())
+        else:
+            msg = f"file: expected a path or an open binary file, got {file!r}"
+            raise TypeError(msg)
 
     @classmethod
     def load(
@@ -279,6 +288,9 @@ class Index(Reading):
                 msg = f"file: expected a path to map, got {type(file).__name__}"
                 raise ValueError(msg)
             return cls._of(_core.VectorIndex.open_mapped(shared_pool(threads), path, verify), threads)
+        if path is None and not hasattr(file, "read"):
+            msg = f"file: expected a path or an open binary file, got {file!r}"
+            raise TypeError(msg)
         data = Path(path).read_bytes() if path is not None else file.read()  # type: ignore[union-attr]
         return cls.from_bytes(data, threads=threads)
 
@@ -320,18 +332,18 @@ class Index(Reading):
     def __deepcopy__(self, memo: dict[int, object]) -> Index:
         return self.copy()
 
-    def __reduce_ex__(self, protocol: object) -> tuple[object, tuple[object, int | None, int | None]]:
+    def __reduce_ex__(self, protocol: object) -> tuple[object, tuple[object, int | None, int | None, type[Index]]]:
         # Protocol 5 can hand the bytes over without a copy (`buffer_callback`).
         out_of_band = isinstance(protocol, int) and protocol >= 5
         data = self.to_bytes()
-        return _from_pickle, (pickle.PickleBuffer(data) if out_of_band else data, self._threads, self.beam)
+        return _from_pickle, (pickle.PickleBuffer(data) if out_of_band else data, self._threads, self.beam, type(self))
 
     def __repr__(self) -> str:
         kind = ", read_only=True" if self.read_only else ""
         return f"Index(dim={self.dim}, metric={self.metric!r}, dtype={self.dtype!r}, vectors={len(self)}{kind})"
 
 
-def _from_pickle(data: bytes | memoryview, threads: int | None, beam: int | None) -> Index:
-    index = Index.from_bytes(data, threads=threads)
+def _from_pickle(data: bytes | memoryview, threads: int | None, beam: int | None, kind: type[Index] = Index) -> Index:
+    index = kind.from_bytes(data, threads=threads)
     index.beam = beam
     return index

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from icecache._core import Pool, VectorIndex
+from icecache.index.check import as_count, as_real, one_of
 from icecache.index.convert import as_ids, as_matrix, from_tensor
 from icecache.index.filter import FilterLike, as_filter
 from icecache.index.pool import shared_pool
@@ -110,9 +111,8 @@ class Reading:
             not in (0, 1] or beside `beam`.
         """
         matrix, single = as_matrix(queries, "queries", self.dim)
-        if k < 0:
-            msg = f"k: expected at least 0, got {k}"
-            raise ValueError(msg)
+        k = as_count(k, "k")
+        recall = None if recall is None else as_real(recall, "recall")
         if recall is not None and not 0 < recall <= 1:
             msg = f"recall: expected above 0 and at most 1, got {recall}"
             raise ValueError(msg)
@@ -120,9 +120,11 @@ class Reading:
             msg = f"recall: expected None beside beam={beam}, got {recall}"
             raise ValueError(msg)
         beam = self.beam if beam is None and recall is None else beam
-        if beam is not None and beam < 1:
-            msg = f"beam: expected at least 1 page, got {beam}"
-            raise ValueError(msg)
+        if beam is not None:
+            beam = as_count(beam, "beam", 1, " page")
+        if out is not None and not (isinstance(out, (tuple, list)) and len(out) == 2):
+            msg = f"out: expected two arrays, for ids and for distances, got {type(out).__name__}"
+            raise TypeError(msg)
         pool = self._pool(threads) if len(matrix) > 1 or recall is not None else None
         rows = None if out is None else (out[0][None], out[1][None]) if single else (out[0], out[1])
         ids, distances = self._core.search(
@@ -180,6 +182,7 @@ class Reading:
             As `search`, or `radius` is NaN.
         """
         matrix, _ = as_matrix(queries, "queries", self.dim)
+        radius = as_real(radius, "radius")
         pool = self._pool(threads) if len(matrix) > 1 else None
         chosen = as_filter(filter)
         return RangeResult(
@@ -217,13 +220,13 @@ class Reading:
         ValueError, TypeError
             As `search`; the metric is not ``ip``; `group` does not divide the number of queries.
         """
-        if scorer not in ("auto", "exact"):
-            msg = f"scorer: expected 'auto' or 'exact', got {scorer!r}"
-            raise ValueError(msg)
+        one_of(scorer, "scorer", ("auto", "exact"))
         matrix, single = as_matrix(queries, "queries", self.dim)
-        if group < 1:
-            msg = f"group: expected at least 1, got {group}"
+        group, n_pages = as_count(group, "group", 1), as_count(n_pages, "n_pages")
+        if len(matrix) % group:
+            msg = f"group: expected a divisor of the number of queries, {len(matrix)}, got {group}"
             raise ValueError(msg)
+        scaling = None if scaling is None else as_real(scaling, "scaling")
         pool = self._pool(threads) if len(matrix) > group else None
         pages, scores, mass = self._core.search_pages(
             pool, matrix, n_pages, group=group, scaling=scaling, exact=scorer == "exact"

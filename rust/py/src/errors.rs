@@ -1,10 +1,11 @@
 //! Errors of the core as Python exceptions, in one place.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use icecache_core::Error;
 use icecache_core::vector::VectorError;
-use pyo3::exceptions::{PyKeyError, PyMemoryError, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyKeyError, PyMemoryError, PyOSError, PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 
 /// An error that has a Python exception.
@@ -46,11 +47,20 @@ impl IntoPy for VectorError {
             Self::Format(_) => error_of_package(py, "IndexFormatError", self.to_string()),
             Self::Cancelled => error_of_package(py, "CancelledError", self.to_string()),
             Self::ReadOnly => error_of_package(py, "ReadOnlyIndexError", self.to_string()),
-            Self::Io(error) => error.into(),
-            Self::Reentrant => PyRuntimeError::new_err(self.to_string()),
+            Self::Io(error) => os_error(error),
+            Self::Reentrant | Self::Forked => PyRuntimeError::new_err(self.to_string()),
             _ => PyValueError::new_err(self.to_string()),
         }
     }
+}
+
+/// The `OSError` that Python itself would raise, so that `error.errno == errno.ENOSPC` can be asked.
+fn os_error(error: io::Error) -> PyErr {
+    let Some(code) = error.raw_os_error() else { return error.into() };
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or(&text).to_owned();
+    // The number once more at the end is what Windows goes by.
+    PyOSError::new_err((code, text, None::<String>, code))
 }
 
 /// An exception of `icecache.errors`.

@@ -268,6 +268,20 @@ def test_torch_tensors_are_accepted_and_another_device_is_refused():
         (lambda index: index.search(vectors(1), 2**63), ValueError, "k"),
         (lambda index: index.search(vectors(1), 2.0), TypeError, "k"),
         (lambda index: index.search(vectors(1), beam=0), ValueError, "beam"),
+        (lambda index: index.search(vectors(1), "3"), TypeError, "k: expected an int, got '3'"),
+        (lambda index: index.search(vectors(1), beam="3"), TypeError, "beam: expected an int, got '3'"),
+        (lambda index: index.search(vectors(1), recall="0.9"), TypeError, "recall: expected a number, got '0.9'"),
+        (lambda index: index.search(vectors(1), out=(np.zeros((1, 10), np.int64),)), TypeError, "out: .* got tuple"),
+        (lambda index: index.range_search(vectors(1), "1"), TypeError, "radius: expected a number, got '1'"),
+        (lambda index: index.search_pages(vectors(1), 2, group=2**70), ValueError, f"group: .* got {2**70}"),
+        (lambda index: index.search_pages(vectors(1), 2, scaling="1"), TypeError, "scaling: .* got '1'"),
+        (lambda index: index.add(np.ma.masked_less(vectors(2), 0)), ValueError, "vectors: .*masked"),
+        (lambda index: index.add(vectors(2), progress=3), TypeError, "progress: expected a callable, got 3"),
+        (lambda index: index.save(None), TypeError, "file: expected a path or an open binary file, got None"),
+        (lambda _: Index.load(3), TypeError, "file: expected a path or an open binary file, got 3"),
+        (lambda _: Index(8, None), ValueError, "metric: expected 'ip', 'l2' or 'cosine', got None"),
+        (lambda _: Index(8, dtype=4), ValueError, "dtype: expected .* got 4"),
+        (lambda _: Index(8, threads="2"), TypeError, "threads: expected an int, got '2'"),
         (lambda _: Index(0), ValueError, "dim"),
         (lambda _: Index(8, "hamming"), ValueError, "hamming"),
         (lambda _: Index(8, dtype="int4"), ValueError, "int4"),
@@ -290,6 +304,14 @@ def test_a_value_too_large_for_the_dtype_is_refused():
     with pytest.raises(ValueError, match="row 1"):
         index.add(np.vstack([np.zeros(24), np.full(24, 1e5)]))
     assert len(index) == 0
+
+
+class Subclass(Index):
+    __slots__ = ()
+
+
+def test_a_pickle_keeps_a_subclass():
+    assert type(pickle.loads(pickle.dumps(Subclass.build(vectors(20))))) is Subclass
 
 
 def test_copies_and_pickles_are_independent():
@@ -382,6 +404,41 @@ if child == 0:
     os._exit(0 if same else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert (index.search(rows[:40], 3).ids == expected).all()
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
+
+
+def test_a_process_forked_during_a_write_reads_and_is_told_how_to_write():
+    import subprocess
+    import sys
+
+    code = """
+import os, signal, threading
+import numpy as np
+from icecache.index import Index
+rows = np.random.default_rng(0).standard_normal((2000, 16), dtype=np.float32)
+index, inside, forked = Index.build(rows, threads=1), threading.Event(), threading.Event()
+writer = threading.Thread(target=lambda: index.add(rows, progress=lambda *_: (inside.set(), forked.wait())[1]))
+writer.start()
+inside.wait()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)  # a child that waits for ever ends with a signal
+    assert (index.search(rows[:40], 3).ids >= 0).all()
+    try:
+        index.add(rows[:3])
+    except RuntimeError as error:
+        assert "copy()" in str(error), error
+        twin = index.copy()
+        twin.add(rows[:3])
+        os._exit(0 if len(twin) == 2003 else 1)
+    os._exit(2)
+status = os.waitpid(child, 0)[1]
+forked.set()
+writer.join()
+assert os.waitstatus_to_exitcode(status) == 0, status
+index.add(rows)
+assert len(index) == 6000
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)
 

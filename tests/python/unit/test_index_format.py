@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import resource
 import signal
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +81,9 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))  # the disk is full, so to speak
-        with pytest.raises(OSError, match="large"):
+        with pytest.raises(OSError, match="large") as raised:
             an_index(n=300).save(path)
+        assert raised.value.errno == errno.EFBIG
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -89,6 +93,31 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
         an_index(n=3).save(tmp_path / "missing" / "index.ice")
     with pytest.raises(OSError, match="file name"):
         an_index(n=3).save("/")
+
+
+def test_saving_to_a_link_keeps_the_link(tmp_path):
+    index, path, link = an_index(n=30), tmp_path / "behind" / "vectors.icex", tmp_path / "link"
+    link.symlink_to("behind/vectors.icex")
+    path.parent.mkdir()
+    for _ in range(2):  # the first time nothing is there yet
+        index.save(link)
+        assert link.is_symlink()
+        assert path.read_bytes() == index.to_bytes()
+    circle = tmp_path / "circle"
+    circle.symlink_to("circle")
+    index.save(circle)  # leads nowhere, so it is replaced as any file
+    assert circle.read_bytes() == index.to_bytes()
+
+
+def test_saving_to_a_pipe_writes_to_it(tmp_path):
+    pipe, index, read = tmp_path / "pipe", an_index(n=30), []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    index.save(pipe)
+    reader.join()
+    assert read == [index.to_bytes()]
+    assert pipe.is_fifo()
 
 
 def test_every_truncation_is_found():

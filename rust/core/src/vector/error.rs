@@ -42,6 +42,11 @@ pub enum VectorError {
     /// A progress callback wrote to the index whose write it reports on.
     #[error("the progress callback of a write cannot write to the same index")]
     Reentrant,
+    /// The process was forked while a thread, which the new process lacks, was writing.
+    #[error(
+        "another thread was writing to this index when the process was forked: it can be read here, and copy() gives one that can be written to"
+    )]
+    Forked,
     /// A snapshot or a mapped file cannot be written to.
     #[error("this index is read-only (a snapshot or a mapped file); copy() gives one that can be written to")]
     ReadOnly,

@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Arc, LockResult, Mutex, MutexGuard, TryLockError};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 
@@ -18,6 +19,8 @@ use crate::layout::{Dtype, Packing, PageLayout};
 
 /// Memory is reserved this much at a time: many indexes are small.
 const SLAB_BYTES: usize = 1 << 20;
+/// Milliseconds for which a forked process looks whether the lock of the writers is held by a thread of its own.
+const PATIENCE_MS: usize = 100;
 
 /// What an index is made for; fixed for its life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,7 +178,7 @@ impl VectorIndex {
         if writer.thread.load(Ordering::Relaxed) == thread_mark() {
             return Err(VectorError::Reentrant);
         }
-        let forest = writer.forest.lock().unwrap_or_else(|poisoned| {
+        let forest = writer.lock()?.unwrap_or_else(|poisoned| {
             // A writer panicked on its way to a state that it never published.
             let mut forest = poisoned.into_inner();
             *forest = self.state().fork();
@@ -197,11 +200,38 @@ struct Writer {
     forest: Mutex<Forest>,
     /// Mark of the thread that holds the lock; 0 for none.
     thread: AtomicUsize,
+    /// The process whose threads take the lock. A fork copies the lock as it is, but only one thread.
+    process: AtomicU32,
 }
 
 impl Writer {
     fn new(forest: Forest) -> Self {
-        Self { forest: Mutex::new(forest), thread: AtomicUsize::new(0) }
+        let process = AtomicU32::new(std::process::id());
+        Self { forest: Mutex::new(forest), thread: AtomicUsize::new(0), process }
+    }
+
+    /// Takes the lock. In a process that was forked from the one that used it last, its holder may not exist: then an error
+    /// instead of waiting for ever.
+    fn lock(&self) -> Result<LockResult<MutexGuard<'_, Forest>>> {
+        let process = std::process::id();
+        for _ in 0..PATIENCE_MS {
+            // Relaxed: only threads of this process ever store this number, and the lock orders all else.
+            if self.process.load(Ordering::Relaxed) == process {
+                return Ok(self.forest.lock());
+            }
+            let taken = match self.forest.try_lock() {
+                Ok(forest) => Ok(forest),
+                Err(TryLockError::Poisoned(poisoned)) => Err(poisoned),
+                Err(TryLockError::WouldBlock) => {
+                    std::thread::sleep(Duration::from_millis(1));
+                    continue;
+                }
+            };
+            // Relaxed: as above.
+            self.process.store(process, Ordering::Relaxed);
+            return Ok(taken);
+        }
+        Err(VectorError::Forked)
     }
 }
 

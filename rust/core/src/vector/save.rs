@@ -18,9 +18,9 @@
 //! | `KEYS` | sealed page | 16 stored rows, padded to 64 bytes; zeros where there is no row |
 #![forbid(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::container::{Produce, Tag, write};
 use super::index::{VectorConfig, VectorIndex};
@@ -54,11 +54,16 @@ impl VectorIndex {
         write(&sections(self.config, &state), out)
     }
 
-    /// Writes one snapshot to `path`: to a new file beside it, which replaces the old one when it is on the disk.
+    /// Writes one snapshot to `path`: to a new file beside it, which replaces the old one when it is on the disk. A link is
+    /// followed and stays; a device or a pipe is written to and stays too.
     ///
     /// # Errors
     /// Those of the file system; then `path` is what it was.
     pub fn save(&self, path: &Path) -> io::Result<()> {
+        let path = &followed(path);
+        if fs::metadata(path).is_ok_and(|old| !old.is_file() && !old.is_dir()) {
+            return self.write_to(&mut File::options().write(true).open(path)?);
+        }
         let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no file name"))?;
         let unique = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), name);
         let beside = path.with_file_name(format!(".{}.{unique:016x}", name.to_string_lossy()));
@@ -68,13 +73,24 @@ impl VectorIndex {
             self.write_to(&mut out)?;
             out.flush()?;
             out.get_ref().sync_all()?;
-            std::fs::rename(&beside, path)
+            fs::rename(&beside, path)
         })();
         if written.is_err() {
-            let _ = std::fs::remove_file(&beside);
+            let _ = fs::remove_file(&beside);
         }
         written
     }
+}
+
+/// Where `path` leads by symbolic links, also if nothing is there yet.
+fn followed(path: &Path) -> PathBuf {
+    let mut path = path.to_path_buf();
+    // As many as Linux follows: links may form a circle.
+    for _ in 0..40 {
+        let Ok(target) = fs::read_link(&path) else { break };
+        path.set_file_name(target);
+    }
+    path
 }
 
 fn sections(config: VectorConfig, state: &State) -> Vec<(Tag, Produce<'_>)> {
