@@ -132,6 +132,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig { cases: if cfg!(miri) { 4 } else { 256 }, ..ProptestConfig::default() })]
+
         /// Against a list of (page, steps that were active when it was freed): a page comes out exactly when the last of
         /// its steps ends, and before that never.
         #[test]
@@ -172,7 +174,7 @@ mod tests {
         let free = |pages: &[PageRef]| {
             freed.fetch_add(pages.len(), Ordering::Relaxed);
         };
-        let (steps, frees) = (2_000_u32, 4_000);
+        let (steps, frees) = if cfg!(miri) { (20, 40) } else { (2_000_u32, 4_000) };
         std::thread::scope(|scope| {
             for _ in 0..2 {
                 scope.spawn(|| (0..steps).for_each(|_| retired.finish(retired.begin(), free)));
