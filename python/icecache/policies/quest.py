@@ -81,7 +81,7 @@ def page_bounds(
     n_rows, n_heads, n_columns, dim = keys.shape
     n_full = n_columns // page_tokens
     full, rest = keys[:, :, : n_full * page_tokens], keys[:, :, n_full * page_tokens :]
-    pages = full.unflatten(2, (n_full, page_tokens))
+    pages = full.view(n_rows, n_heads, n_full, page_tokens, dim)
     low, high = pages.amin(3), pages.amax(3)  # two passes: on a CPU `aminmax` over this axis takes six times as long
     if rest.shape[2]:
         low, high = torch.cat([low, rest.amin(2, keepdim=True)], 2), torch.cat([high, rest.amax(2, keepdim=True)], 2)
