@@ -58,7 +58,7 @@ def finder_of(
     step = StepShape(1, batch, 8, group, dim, dim, 2 * n_pages + 2, 64, torch.bfloat16, device)
     used = context // 16
     memory = _core.HostMemory(_core.Pool(4), pin="always")
-    finder = PageFinder(step, FinderShape(used + -used % 64, bits, n_pages), memory)
+    finder = PageFinder(step, FinderShape(used + -used % 64, bits, n_pages), memory.lend)
     rng = np.random.default_rng(0)
     units, slots = batch * 8, finder.shape.n_slots
     words = pool.data_ptr() + rng.integers(0, len(pool), units * used) * pool[0].nbytes | (0xFFFF << 48) - (1 << 64)

@@ -65,7 +65,8 @@ class IceConfig:
         Process a later chunk of the prompt (a second turn, say) as if its tokens were decoded one by one. By default
         such a chunk attends to the whole context exactly, streamed from the host.
     host_memory : int or None, default=None
-        Limit of the page store in bytes; None: no limit.
+        Limit of the page store in bytes, second bits of summaries in host memory included (`search_bits`); None: no
+        limit.
     threads : int or None, default=None
         Threads of the index; None: ``ICECACHE_NUM_THREADS`` or the cores this process may use.
     seed : int, default=0

@@ -147,12 +147,13 @@ class DeviceSearch:
             raise SearchMemoryError(msg, needed_bytes=n_bytes, available_bytes=self._limit)
         step.epoch += 1
         try:
-            step.finder = PageFinder(step.shape, shape, self._services.stores.memory)
+            stores = self._services.stores
+            step.finder = PageFinder(step.shape, shape, None if stores.memory is None else stores.lend)
         except torch.OutOfMemoryError as error:
             msg = f"page summaries need {n_bytes} bytes on the device, which has no room for them"
             raise SearchMemoryError(msg, needed_bytes=n_bytes) from error
         except MemoryError as error:
-            msg = f"the second bits of page summaries: {error}"
+            msg = f"the second bits of page summaries, which host_memory pays for: {error}; search_bits=2 needs none"
             raise SearchMemoryError(msg, needed_bytes=shape.host_bytes(step.shape)) from error
         return shape.n_slots
 

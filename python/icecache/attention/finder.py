@@ -11,13 +11,13 @@ others lie in host memory: then all pages are estimated from the first bits, and
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from icecache import _core
 from icecache.attention.device import StepShape
 
 MIN_CANDIDATES = 64
@@ -27,6 +27,7 @@ BEST_TOKENS = 4
 """Keys read of a page that is scored; the same file."""
 COARSE = 4
 """Pages estimated from both bits per page scored, where the device has one bit."""
+Lend = Callable[[int], npt.NDArray[np.uint8]]
 _UPLOAD = 1 << 14
 """Slots named to the device at a time: more than an insert of 16 tokens into 500 trees changes."""
 
@@ -75,8 +76,9 @@ class PageFinder:
     ----------
     step : StepShape
     shape : FinderShape
-    memory : HostMemory or None
-        Where host memory comes from that the device reads; None: from torch, for a device that is the CPU itself.
+    lend : callable or None
+        Gives so many bytes of zeroed host memory that the device reads; None: torch does, for a device that is the CPU
+        itself.
 
     Raises
     ------
@@ -84,7 +86,7 @@ class PageFinder:
         If the device or the host has no room.
     """
 
-    def __init__(self, step: StepShape, shape: FinderShape, memory: _core.HostMemory | None = None) -> None:
+    def __init__(self, step: StepShape, shape: FinderShape, lend: Lend | None = None) -> None:
         from icecache.kernels.page_codes import empty_codes, rotation_matrix
         from icecache.kernels.page_scan import n_parts
         from icecache.kernels.page_select import select_scratch
@@ -99,7 +101,7 @@ class PageFinder:
         # Not in inference mode: in-place writes from outside of it would be refused.
         with torch.inference_mode(mode=False):
             n_slots = searches * units * shape.n_slots
-            fine = None if shape.bits == 2 else _lend(memory, n_slots, dim)
+            fine = None if shape.bits == 2 else _second_bits(lend, n_slots, dim)
             self.codes = empty_codes(n_slots, dim, device, fine)
             self._rotation = rotation_matrix(dim, device)
             self._like = torch.zeros(1, dtype=step.dtype, device=device)
@@ -210,9 +212,9 @@ class PageFinder:
         )
 
 
-def _lend(memory: _core.HostMemory | None, n_slots: int, dim: int) -> torch.Tensor:
+def _second_bits(lend: Lend | None, n_slots: int, dim: int) -> torch.Tensor:
     """Zeros, int16 (S, D), on the host."""
-    if memory is None:
+    if lend is None:
         return torch.zeros(n_slots, dim, dtype=torch.int16)
     n_bytes = 2 * n_slots * dim
-    return torch.from_numpy(memory.lend(n_bytes))[:n_bytes].view(torch.int16).view(n_slots, dim)
+    return torch.from_numpy(lend(n_bytes))[:n_bytes].view(torch.int16).view(n_slots, dim)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +105,7 @@ class Stores:
     Parameters
     ----------
     limit_bytes : int or None
-        Limit of each store.
+        Limit of each store, for its pages and what is lent.
     pool : Pool or None
         Its threads commit page-locked memory; None: memory is never page-locked.
     memory : HostMemory or None
@@ -154,6 +155,23 @@ class Stores:
         if self.memory is None:
             self.memory = host_memory(self.pool, device)
         return self.memory
+
+    def lend(self, n_bytes: int) -> Bytes:
+        """Zeroed memory of the same kind as that of pages, counted towards their limit until the array goes.
+
+        Raises
+        ------
+        MemoryError
+            If limit or machine leave no room; nothing has changed then.
+        """
+        assert self.memory is not None, "pages that a device reads have memory"
+        with ExitStack() as charged:
+            for store in self._stores.values():
+                store.charge(n_bytes)
+                charged.callback(store.discharge, n_bytes)
+            lent = self.memory.lend(n_bytes)
+            weakref.finalize(lent, charged.pop_all().close)
+        return lent
 
     def share(self, other: Stores) -> None:
         """Take over sequences whose pages lie in memory of `other`, from where more of them will come too."""

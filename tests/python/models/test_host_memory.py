@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from icecache import IceRuntime, PoolExhaustedError, _core
+from icecache.attention import DeviceSearch, StepShape
+from icecache.errors import SearchMemoryError
 from icecache.pages import Stores, store, warn_if_pageable
 from tiny import build, prompt
 
@@ -169,3 +172,40 @@ def test_reserving_ahead_spares_the_insert_an_allocation():
     assert reserved >= 40 << 20
     assert store.used_bytes() == 0
     assert store.reserved_bytes() == reserved
+
+
+def test_what_is_lent_leaves_less_for_pages_until_it_goes():
+    memory = _core.HostMemory(POOL, pin="simulated")
+    stores = Stores(8 << 20, POOL, memory)
+    many = torch.zeros(1, 1 << 15, 64, dtype=torch.uint8).numpy()  # 2 MiB of keys, as much of values
+
+    def fill():
+        forest = _core.Forest(stores.get(16, 16, torch.float32), 1)
+        _core.extend(POOL, [forest], [many], [many])
+        return forest
+
+    first = fill()
+    first_bytes = stores.used_bytes()
+    lent = torch.from_numpy(stores.lend(2 << 20))[:100]
+    available = (6 << 20) - first_bytes
+    with pytest.raises(MemoryError, match=f"4194304 bytes needed, {available} available"):
+        stores.lend(4 << 20)
+    with pytest.raises(MemoryError, match="page store is full"):
+        fill()
+    del lent
+    assert len(fill()) == len(first)
+
+
+def test_second_bits_that_host_memory_has_no_room_for_are_said_to_be_so():
+    memory = _core.HostMemory(POOL, pin="simulated")
+    stores = Stores(1 << 20, POOL, memory)
+    stores.get(16, 16, torch.float32)
+    shape = StepShape(1, 1, 2, 4, 16, 16, 6, 65, torch.float32, torch.device("cpu"))
+    step = SimpleNamespace(shape=shape, finder=None, epoch=0)
+    search = DeviceSearch(SimpleNamespace(stores=stores), bits=1)
+    search._grow(step, 1000, 1)
+    assert step.finder.codes.fine.data_ptr() != 0
+    with pytest.raises(SearchMemoryError, match=r"host_memory pays for: page store is full.*search_bits=2") as caught:
+        search._grow(step, 20_000, 1)
+    assert caught.value.needed_bytes > 1 << 20
+    assert held(memory) < 1 << 20, "what was lent before is back"
