@@ -6,6 +6,7 @@ from icecache.attention.device import StepShape as StepShape
 from icecache.attention.device_search import DeviceSearch as DeviceSearch
 from icecache.attention.inside import Inside as Inside
 from icecache.attention.inside import causal as causal
+from icecache.attention.loading import Loader as Loader
 from icecache.attention.masked import masked_attention as masked_attention
 from icecache.attention.masked import whole_attention as whole_attention
 from icecache.attention.notes import Notes as Notes

@@ -15,6 +15,7 @@ from icecache import _core
 from icecache.attention.account import Read, count_read, read_of
 from icecache.attention.device import DeviceStep, StepShape
 from icecache.attention.finder import FinderShape, PageFinder
+from icecache.attention.loading import load_step
 from icecache.config import PAGE_TOKENS
 from icecache.errors import BadTensorError, EngineError, SearchMemoryError
 from icecache.pages import LayerPages
@@ -94,6 +95,10 @@ class DeviceSearch:
             msg = "the pages do not lie in page-locked memory"
             raise EngineError(msg)
 
+    def load(self, shape: StepShape, needed: int, n_pages: int, softcap: float | None) -> None:
+        """Compile the kernels of steps over trees of `needed` pages, of which `n_pages` are read."""
+        load_step(shape, self._shape_for(shape, needed, n_pages), softcap)
+
     def prepare(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
         """Search these pages from now on, as they are now. The step before is over.
 
@@ -140,7 +145,7 @@ class DeviceSearch:
         if needed > MAX_SLOTS:
             msg = f"a row has {needed} pages a head, the device searches at most {MAX_SLOTS}"
             raise SearchMemoryError(msg)
-        shape = self._shape_for(step, needed, n_pages)
+        shape = self._shape_for(step.shape, needed, n_pages)
         n_bytes = shape.nbytes(step.shape)
         if self._limit is not None and n_bytes > self._limit:
             msg = f"page summaries need {n_bytes} bytes on the device, search_memory is {self._limit}"
@@ -157,7 +162,7 @@ class DeviceSearch:
             raise SearchMemoryError(msg, needed_bytes=shape.host_bytes(step.shape)) from error
         return shape.n_slots
 
-    def _shape_for(self, step: DeviceStep, needed: int, n_pages: int) -> FinderShape:
+    def _shape_for(self, step: StepShape, needed: int, n_pages: int) -> FinderShape:
         """Room to grow and both bits as far as they fit, and at least what is needed."""
         from icecache.kernels.page_select import MAX_SLOTS
 
@@ -166,10 +171,10 @@ class DeviceSearch:
 
         room, bits = needed + needed // _GROWTH_PART + 64, self._bits or 1
         shapes, both = [made(bits, room), made(bits, needed)], made(2, room)
-        if self._bits is None and both.nbytes(step.shape) <= BOTH_BITS_BYTES:
+        if self._bits is None and both.nbytes(step) <= BOTH_BITS_BYTES:
             shapes.insert(0, both)
         limit = self._limit
-        return next((x for x in shapes if limit is None or x.nbytes(step.shape) <= limit), shapes[-1])
+        return next((x for x in shapes if limit is None or x.nbytes(step) <= limit), shapes[-1])
 
     def begin(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> int:  # noqa: ARG002
         """Nothing is left to do: `prepare` has looked at the pages."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from icecache import _core
 from icecache.attention.account import count_read, read_of
 from icecache.attention.device import DeviceStep, StepShape
+from icecache.attention.loading import load_step
 from icecache.errors import EngineError
 from icecache.pages import LayerPages
 from icecache.pages.store import dtype_name
@@ -79,6 +80,10 @@ class EngineSearch:
         box, tensors = open_mailbox(self._engine, memory, axes)
         self._boxes[id(tensors)] = _Box(box, tensors)
         return tensors
+
+    def load(self, shape: StepShape, needed: int, n_pages: int, softcap: float | None) -> None:  # noqa: ARG002
+        """Compile the kernels of a step, those of the mailbox aside."""
+        load_step(shape, None, softcap)
 
     def prepare(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
         """Nothing to do: the host's memory of a mailbox never moves."""

@@ -38,6 +38,9 @@ class FixedPages:
         self._pool[:64].normal_(generator=self._generator)
         self._pool[64:] = self._pool[:64].repeat(n_pages // 64, 1)[: n_pages - 64]
 
+    def load(self, shape: StepShape, needed: int, n_pages: int, softcap: float | None) -> None:
+        """Nothing to do."""
+
     def prepare(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
         """Nothing to do."""
 

@@ -42,6 +42,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
         self.may_be_shared = True
         self.group: int | None = None
         """Query heads per KV head, once the layer has attended."""
+        self.softcap: float | None = None
         self._forget()
         engine.register(self)
 
@@ -277,7 +278,7 @@ class RetrievalLayer(CacheLayerMixin):  # type: ignore[misc]
     def attend(self, call: Call) -> torch.Tensor:
         """Attention output (B, Q, n_q_heads, Dv) for the staged tokens, which are committed on the way."""
         self._staged = None
-        self.group = call.query.shape[1] // call.keys.shape[1]
+        self.group, self.softcap = call.query.shape[1] // call.keys.shape[1], call.softcap
         self._shared_call = self._shared_call or call.shared
         if self._pages is None or (call.shared and call.keys.shape[-2] == self._length):
             out = call.dense()

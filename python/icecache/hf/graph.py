@@ -12,12 +12,13 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from icecache import _core
-from icecache.attention import DeviceSearch, DeviceStep, EngineSearch, StepShape
+from icecache.attention import DeviceSearch, DeviceStep, EngineSearch, Loader, StepShape
 from icecache.config import PAGE_TOKENS
 from icecache.errors import EngineError, IceCacheError, SearchMemoryError
 from icecache.hf.capture import Captured, capture, write_state
@@ -30,6 +31,8 @@ from icecache.transfer import MailboxTensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from icecache.hf.cache import RetrievalLayer
 
 
 _SLOW = "decode steps are not captured in a CUDA graph and run op by op, which is slower: {}"
@@ -47,6 +50,10 @@ class Search(Protocol):
 
         Raises EngineError if there can be none.
         """
+        ...
+
+    def load(self, shape: StepShape, needed: int, n_pages: int, softcap: float | None) -> None:
+        """Compile the kernels of steps over trees of some `needed` pages; in another thread than the rest."""
         ...
 
     def prepare(self, step: DeviceStep, pages: Sequence[LayerPages], n_pages: int) -> None:
@@ -110,6 +117,7 @@ class GraphDecoder:
         self._captured: dict[tuple[StepShape, int, object], Captured] = {}
         self._running: DeviceStep | None = None
         self._done: torch.cuda.Event | None = None
+        self._loader = Loader()
         self.refused: str | None = None
         """Why the steps of this model are not captured; None: nothing is known against it."""
 
@@ -125,10 +133,13 @@ class GraphDecoder:
             return self._own(*args, **kwargs) if output is None else output
 
         self.model.forward = forward
+        self.engine.expect = self._expect
 
     def remove(self) -> None:
         """Take the override away and free the buffers; never raises for a step that failed."""
         self.model.__dict__.pop("forward", None)
+        self.engine.expect = None
+        self._loader.finish()
         try:
             self.settle()
         except Exception as error:
@@ -196,6 +207,7 @@ class GraphDecoder:
 
     def _decode(self, now: Step, request: Request) -> object | None:
         """Run one step; None: it could not be captured, and nothing has changed."""
+        self._loader.finish()
         try:
             try:
                 step = self._prepared(request)
@@ -274,24 +286,44 @@ class GraphDecoder:
             captured = self._captured[key] = capture(self._own, now, step, request, self._recorder)
         return captured
 
-    def _step_of(self, request: Request) -> DeviceStep:
-        near, layout = request.pages[0].near, self.engine.layout
-        shape = StepShape(
-            n_layers=len(request.pages),
-            n_rows=near.n_rows,
-            n_kv_heads=near.keys.shape[1],
-            group=request.group,
-            key_dim=near.keys.shape[3],
-            value_dim=near.values.shape[3],
+    def _expect(self, layer: RetrievalLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Compile the kernels of the steps behind a prompt while it is computed; nobody waits until the first one."""
+        if self.refused is not None or layer.group is None or self._recorder is not CudaRecorder or not keys.is_cuda:
+            return
+        known, services = layer.sequence.layers, self.engine.services
+        groups = dict.fromkeys(x.members for i in sorted(known) if (x := known[i]()) is not None)
+        sizes = tuple(len(members) for members in groups)
+        shape = self._shape(keys, values, layer.group, len(known), () if set(sizes) == {1} else sizes)
+        needed = keys.shape[2] // PAGE_TOKENS
+        load = functools.partial(self.search.load, shape, needed, services.n_pages, layer.softcap)
+        self._loader.start((shape, needed.bit_length()), keys.device, load)
+
+    def _shape(
+        self, keys: torch.Tensor, values: torch.Tensor, group: int, n_layers: int, shared: tuple[int, ...]
+    ) -> StepShape:
+        """Shape of a step, for keys (B, H, n, D) and values (B, H, n, Dv)."""
+        layout = self.engine.layout
+        return StepShape(
+            n_layers=n_layers,
+            n_rows=keys.shape[0],
+            n_kv_heads=keys.shape[1],
+            group=group,
+            key_dim=keys.shape[3],
+            value_dim=values.shape[3],
             # A row that fits the budget is read whole, and pages of the tail are half full at worst.
             n_pages=2 * self.engine.services.n_pages + 2,
             near_tokens=layout.sink_tokens + layout.window_tokens + PAGE_TOKENS + 1,
-            dtype=near.keys.dtype,
-            device=near.keys.device,
-            shared=_shared(request.pages),
-            numbers=tuple(layer.layer_idx for layer in request.layers) if request.static else (),
-            static=tuple(x.shape() for x in request.static),
+            dtype=keys.dtype,
+            device=keys.device,
+            shared=shared,
         )
+
+    def _step_of(self, request: Request) -> DeviceStep:
+        near = request.pages[0].near
+        shape = self._shape(near.keys, near.values, request.group, len(request.pages), _shared(request.pages))
+        if request.static:
+            numbers = tuple(layer.layer_idx for layer in request.layers)
+            shape = replace(shape, numbers=numbers, static=tuple(x.shape() for x in request.static))
         step = self._steps.get(shape)
         if step is None:
             step = self._steps[shape] = DeviceStep(shape, self.search.mailbox(shape))

@@ -93,7 +93,7 @@ def send(layer: RetrievalLayer, keys: torch.Tensor, values: torch.Tensor, valid:
 
 
 def reserve(layer: RetrievalLayer, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Begin to reserve memory for a prompt in all layers, if this is the first one, and for the inserts behind it.
+    """Make ready for a prompt in all layers, if this is the first one: memory, also for inserts behind it, and kernels.
 
     Parameters
     ----------
@@ -103,6 +103,8 @@ def reserve(layer: RetrievalLayer, keys: torch.Tensor, values: torch.Tensor) -> 
     layout, stores, known = layer.engine.layout, layer.engine.services.stores, layer.sequence.layers
     if not layout.keeps_middle or layer.members[0] != min(known):
         return
+    if layer.engine.expect is not None:
+        layer.engine.expect(layer, keys, values)
     n_rows, n_heads, n_positions, key_dim = keys.shape
     store = stores.get(key_dim, row_dim(key_dim, values.shape[-1], len(layer.members)), keys.dtype, keys.device)
     middle = max(n_positions - layout.sink_tokens - layout.window_tokens, 0)

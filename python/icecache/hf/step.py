@@ -38,6 +38,8 @@ class Engine:
     """Whether later chunks are processed token by token (asked for, or the policy keeps no middle)."""
     masks: MaskPolicy | None = None
     """The policy that keeps everything on the device and masks it; None: pages."""
+    expect: Callable[[RetrievalLayer, torch.Tensor, torch.Tensor], None] | None = None
+    """Told of the first layer of a prompt, its keys and its values, while the others are still being computed."""
     n_layers: int = 0
     """Layers of the model."""
     closed: bool = False

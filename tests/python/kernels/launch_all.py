@@ -53,11 +53,18 @@ CASES = [
 ]
 
 
+HEADS, PAGES = 2, 5
+
+
+def step_shape(case: Case) -> StepShape:
+    """Of one layer."""
+    return StepShape(1, case.rows, HEADS, case.group, case.dim, case.dim, 2 * PAGES + 2, 65, case.dtype, DEVICE)
+
+
 def decode_step(case: Case) -> None:
     """One layer of a step whose pages are chosen on the device, the newest token in the last column."""
-    heads, n_pages = 2, 5
-    units = case.rows * heads
-    shape = StepShape(1, case.rows, heads, case.group, case.dim, case.dim, 2 * n_pages + 2, 65, case.dtype, DEVICE)
+    heads, n_pages = HEADS, PAGES
+    units, shape = case.rows * heads, step_shape(case)
     step = DeviceStep(shape, None)
     step.finder = PageFinder(shape, FinderShape(case.slots, case.bits, n_pages))
     if DEVICE.type == "cuda" and case.bits == 1:  # as in a runtime: the second bits in host memory
@@ -130,31 +137,42 @@ def prompt_sums() -> None:
         assert attention_sums(query, keys, valid, 0.2, None).isfinite().all()
 
 
+Run = Callable[..., object]
+
+
 @contextmanager
-def counted_launches() -> Iterator[Counter[str]]:
-    """Count how often each kernel is launched inside; all are listed."""
-    counts: Counter[str] = Counter()
+def wrapped_kernels(wrap: Callable[[str, Run], Run]) -> Iterator[None]:
+    """Give every kernel another `run` inside."""
     kernels = []
     for path in sorted(Path(icecache.__file__).with_name("kernels").glob("*.py")):
         module = importlib.import_module(f"icecache.kernels.{path.stem}")
         for name, kernel in vars(module).items():
             if name.endswith("_kernel") and hasattr(kernel, "run"):
-                counts[name] = 0
-                kernel.run = _counted(kernel.run, name, counts)
+                kernel.run = wrap(name, kernel.run)
                 kernels.append(kernel)
     try:
-        yield counts
+        yield
     finally:
         for kernel in kernels:
             del kernel.run
 
 
-def _counted(run: Callable[..., object], name: str, counts: Counter[str]) -> Callable[..., object]:
-    def counted(*args: object, **kwargs: object) -> object:
-        counts[name] += 1
-        return run(*args, **kwargs)
+@contextmanager
+def counted_launches() -> Iterator[Counter[str]]:
+    """Count how often each kernel is launched inside; all are listed."""
+    counts: Counter[str] = Counter()
 
-    return counted
+    def wrap(name: str, run: Run) -> Run:
+        counts[name] = 0
+
+        def counted(*args: object, **kwargs: object) -> object:
+            counts[name] += 1
+            return run(*args, **kwargs)
+
+        return counted
+
+    with wrapped_kernels(wrap):
+        yield counts
 
 
 def launches(cases: list[Case]) -> Iterator[str]:

@@ -7,6 +7,7 @@ their keys, page by page, so that both ways read the same pages.
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -273,7 +274,7 @@ def test_a_context_that_outgrows_its_slots_is_captured_anew(monkeypatch):
 def test_both_bits_and_room_to_grow_are_kept_where_they_fit(bits, limit, n_pages, expected):
     shape = StepShape(32, 1, 8, 4, 128, 128, 28, 97, torch.bfloat16, torch.device("cpu"))
     search = DeviceSearch(None, bits=bits, limit_bytes=limit)
-    found = search._shape_for(SimpleNamespace(shape=shape), n_pages, 13)
+    found = search._shape_for(shape, n_pages, 13)
     assert (found.bits, found.n_slots) == expected
     near = 2 * 32 * 8 * (97 + 96) * 128 * 2
     if n_pages == 8192 and bits is None:
@@ -308,6 +309,33 @@ def test_pages_of_an_unwrapped_runtime_are_read_by_the_graphs_of_the_next():
             runtime.stats()
     assert runtime._hooks.decoder.refused is None
     assert close(*results)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_the_first_step_finds_its_kernels_compiled(reuse):
+    import triton
+
+    compiled = []
+    for module in [module for name, module in sys.modules.items() if name.startswith("icecache.kernels.")]:
+        for kernel in vars(module).values():
+            if hasattr(kernel, "device_caches"):
+                kernel.device_caches.clear()  # what earlier tests compiled
+    model, ids = build("llama").to(DEVICE), prompt(1, 700).to(DEVICE)
+    knobs = triton.knobs.runtime
+    hook, knobs.jit_post_compile_hook = knobs.jit_post_compile_hook, lambda **told: compiled.append(told["repr"])
+    try:
+        with IceRuntime.wrap(model, dense_below=0, budget=112, reuse=reuse) as runtime, torch.no_grad():
+            cache = runtime.new_cache()
+            model(ids[:, :650], past_key_values=cache)
+            runtime._hooks.decoder._loader.finish()
+            ahead = list(compiled)
+            model(ids[:, 650:651], past_key_values=cache)
+            runtime.stats()
+    finally:
+        knobs.jit_post_compile_hook = hook
+    assert len(ahead) >= 8
+    assert compiled == ahead, "nothing was left to compile"
 
 
 @pytest.mark.gpu
