@@ -193,10 +193,7 @@ class PageStore:
     def reserved_bytes(self) -> int:
         """Bytes taken from the system."""
     def charge(self, n_bytes: int) -> None:
-        """Count `n_bytes` of other memory, in whole pages, towards the limit, until `discharge` with the same number.
-
-        `MemoryError` if they do not fit beside the pages in use.
-        """
+        """Count other memory, in whole pages, towards the limit until `discharge`; `MemoryError` if it is full."""
     def discharge(self, n_bytes: int) -> None:
         """End what `charge` began."""
     def start_background(self) -> None:

@@ -90,9 +90,7 @@ impl PageStore {
         self.inner.reserved_bytes()
     }
 
-    /// Count `n_bytes` of other memory, in whole pages, towards the limit, until `discharge` with the same number.
-    ///
-    /// `MemoryError` if they do not fit beside the pages in use.
+    /// Count other memory, in whole pages, towards the limit until `discharge`; `MemoryError` if it is full.
     fn charge(&self, py: Python<'_>, n_bytes: &Bound<'_, PyAny>) -> PyResult<()> {
         let n_bytes = count(n_bytes, "n_bytes")?;
         run(py, || self.inner.charge(n_bytes))
