@@ -1,5 +1,6 @@
 """Attention over parts of a context, merged by log-sum-exp."""
 
+from icecache.attention.attend import query_pieces as query_pieces
 from icecache.attention.decode import decode_attention as decode_attention
 from icecache.attention.device import DeviceStep as DeviceStep
 from icecache.attention.device import StepShape as StepShape
@@ -19,5 +20,4 @@ from icecache.attention.search import EngineSearch as EngineSearch
 from icecache.attention.static_kv import KeptLayer as KeptLayer
 from icecache.attention.static_kv import StaticKV as StaticKV
 from icecache.attention.static_kv import StaticShape as StaticShape
-from icecache.attention.stream import query_pieces as query_pieces
 from icecache.attention.stream import stream_attention as stream_attention

@@ -1,4 +1,4 @@
-"""Exact attention of a later chunk on a GPU: to itself, and to a past that arrives in pieces; merged by log-sum-exp.
+"""Exact attention of a later chunk: to itself, and to a past that arrives in pieces; merged by log-sum-exp.
 
 Dimension key: B rows, H KV heads, G query heads per KV head, Q queries, C tokens of the chunk, D head dim.
 
@@ -12,16 +12,12 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from icecache.attention.attend import Pair, attend, masked
 from icecache.attention.inside import Inside
-from icecache.attention.library import library_attention, serves
-from icecache.attention.partial import Partial, partial_attention, with_sink_logits
+from icecache.attention.partial import Partial, with_sink_logits
 
-Pair = tuple[torch.Tensor, torch.Tensor]
 Past = Callable[[int], AbstractContextManager[Iterable[Pair]]]
 """Of a row: keys and values ``[H, n, D]`` of all tokens before the chunk, in any order; on their way from entry on."""
-
-LOGIT_BYTES = 64 << 20
-"""Upper bound of one block of float32 logits under a mask that is not causal."""
 
 
 def chunk_attention(
@@ -87,33 +83,14 @@ def _row(
     softcap: float | None,
 ) -> Partial:
     """Attend with one row (H, G, Q, D); the result has an axis of length 1 for it."""
-    from icecache.kernels.fold_part import fold_part
-    from icecache.kernels.part_attention import part_attention
-
     with past as pieces:  # on their way while the chunk attends to itself
         if mask is None:
-            part = part_attention(query, *own, scaling, softcap=softcap, causal=True)
+            part = attend(query, *own, scaling=scaling, softcap=softcap, causal=True)
         else:
-            part = _masked(query, own, mask, scaling, softcap)
-        fast, before = serves(query, own[1], softcap), 0
+            part = masked(query, *own, mask, scaling=scaling, softcap=softcap)
+        before = 0
         for keys, values in pieces:
-            if fast and keys.shape[1] == before:  # a length that comes again is worth a plan
-                fold_part(*library_attention(query, keys, values, scaling), *part)
-            else:
-                part = part_attention(query, keys, values, scaling, softcap=softcap, onto=part)
+            again = keys.shape[1] == before
+            part = attend(query, keys, values, scaling=scaling, softcap=softcap, onto=part, planned=again)
             before = keys.shape[1]
     return Partial(part[0][None], part[1][None])
-
-
-def _masked(query: torch.Tensor, own: Pair, mask: torch.Tensor, scaling: float, softcap: float | None) -> Pair:
-    """Attend under any mask (Q, C), some queries at a time."""
-    n_heads, group, n_queries, _ = query.shape
-    size = max(1, LOGIT_BYTES // (4 * n_heads * group * own[0].shape[1]))
-    keys, values = own[0][None], own[1][None]
-    parts = [
-        partial_attention(
-            query[None, :, :, i : i + size], keys, values, scaling=scaling, mask=mask[i : i + size], softcap=softcap
-        )
-        for i in range(0, n_queries, size)
-    ]
-    return torch.cat([p.out[0] for p in parts], 2), torch.cat([p.lse[0] for p in parts], 2)

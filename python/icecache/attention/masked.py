@@ -10,10 +10,10 @@ import functools
 
 import torch
 
-from icecache.attention.chunk import Pair, chunk_attention
+from icecache.attention.attend import Pair
+from icecache.attention.chunk import chunk_attention
 from icecache.attention.inside import Inside
 from icecache.attention.mass import add_mass
-from icecache.attention.stream import by_kv_head, joined, near_and_chunk, query_pieces
 from icecache.pages import WholeKV
 from icecache.select import Chosen, Services, StepView
 
@@ -88,18 +88,8 @@ def whole_attention(
     torch.Tensor
         (B, Q, H * G, Dv) in the query's dtype.
     """
-    if query.device.type == "cuda":
-        past = functools.partial(_row_of, whole)
-        return chunk_attention(past, query, keys, values, inside, scaling=scaling, softcap=softcap, sinks=sinks)
-    grouped = by_kv_head(query, keys.shape[1])
-    chunk_mask = inside.mask(query.shape[2], keys.shape[2], query.device)
-    columns = torch.arange(whole.width, device=query.device)
-    live = (columns < whole.device_lengths()[:, None])[:, None, None, None]
-    pieces = query_pieces(grouped, max(whole.width, keys.shape[2]))
-    parts = near_and_chunk(
-        grouped, pieces, (whole.keys, whole.values), live, (keys, values), chunk_mask, scaling, softcap
-    )
-    return joined(parts, sinks, query.dtype)
+    past = functools.partial(_row_of, whole)
+    return chunk_attention(past, query, keys, values, inside, scaling=scaling, softcap=softcap, sinks=sinks)
 
 
 def _row_of(whole: WholeKV, row: int) -> contextlib.nullcontext[list[Pair]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from icecache.attention.stream import query_pieces
+from icecache.attention.attend import query_pieces
 from icecache.errors import CacheStateError
 from icecache.pages import WholeKV
 from icecache.select import Needs, Prompt, capped

@@ -9,6 +9,7 @@ from icecache.pages.host import warn_if_pageable as warn_if_pageable
 from icecache.pages.layer import LayerPages as LayerPages
 from icecache.pages.layer import Layout as Layout
 from icecache.pages.layer import drain as drain
+from icecache.pages.layer import read_back as read_back
 from icecache.pages.near import NearBuffer as NearBuffer
 from icecache.pages.near import NearRow as NearRow
 from icecache.pages.offload import Offload as Offload

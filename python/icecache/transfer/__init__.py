@@ -5,5 +5,6 @@ from icecache.transfer.mailbox import MailboxShape as MailboxShape
 from icecache.transfer.mailbox import MailboxTensors as MailboxTensors
 from icecache.transfer.mailbox import open_mailbox as open_mailbox
 from icecache.transfer.pieces import PageReader as PageReader
+from icecache.transfer.pieces import read_blocks as read_blocks
 from icecache.transfer.staging import Fetched as Fetched
 from icecache.transfer.staging import Staging as Staging

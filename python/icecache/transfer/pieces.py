@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from icecache import _core
-from icecache.pages import LayerPages, page_strides
+from icecache.pages import LayerPages, page_strides, read_back
 from icecache.stats import Recorder
 from icecache.transfer.mailbox import ADDRESS_BITS
 
@@ -28,6 +28,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 FIRST_TOKENS = 4096
 """Tokens of the first piece."""
+BLOCK_TOKENS = 4096
+"""Tokens of a block, 16 MiB for 8 heads of 128 in bfloat16."""
 PIECE_BYTES = 128 << 20
 """Most bytes of a piece; two are on the device."""
 _LIVE = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2), axis=1).sum(1, dtype=np.int64)
@@ -96,7 +98,6 @@ class Pieces:
         self._listed: Listed | None = None
         forest = pages.forests[row] if pages.forests else None
         if forest is not None and len(forest):
-            pages.shelf.check_even()
             self._listed = list_pages(pool, forest)
         self._recorder = recorder
         self._device = pages.near.keys.device
@@ -219,6 +220,37 @@ class PageReader:
         for event, _ in self._held:
             event.synchronize()  # sync: a step ends, which has read them long ago
         self._held.clear()
+
+
+@contextlib.contextmanager
+def read_blocks(pages: LayerPages, row: int, recorder: Recorder) -> Iterator[Iterator[Pair]]:
+    """Read all tokens of a row in blocks, one after the other, where no kernel reads the pages.
+
+    Yields
+    ------
+    iterator of (torch.Tensor, torch.Tensor)
+        Keys and values ``[H, n, D]`` on the device of the sink and the window.
+    """
+    yield _blocks(pages, row, recorder)
+
+
+def _blocks(pages: LayerPages, row: int, recorder: Recorder) -> Iterator[Pair]:
+    near = pages.near.row(row)
+    keys, values = (
+        torch.cat(t, 1) for t in ((near.sink_keys, near.window_keys), (near.sink_values, near.window_values))
+    )
+    if keys.shape[1]:
+        yield keys, values
+    forest = pages.forests[row] if pages.forests else None
+    if forest is None:
+        return
+    recorder.pages_read += sum(forest.n_pages())
+    for start in range(0, len(forest), BLOCK_TOKENS):
+        with recorder.part("transfer"):
+            stop = min(start + BLOCK_TOKENS, len(forest))
+            block = read_back(forest, start, stop, keys, values, pages.place)
+        recorder.bytes_to_device += block[0].nbytes + block[1].nbytes
+        yield block
 
 
 def _sent(array: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Later chunks whose past arrives in pieces, as on a GPU, against dense attention.
 
-On a CPU the pages are gathered in Triton's interpreter, and attention is the kernel's reference.
+On a CPU the pages are gathered in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from icecache import IceRuntime
 from icecache.hf import hooks
 from icecache.hf.cache import RetrievalLayer
-from icecache.kernels import page_gather, part_attention
+from icecache.kernels import page_gather
 from icecache.select import Services
 from icecache.transfer import pieces
 from tiny import build, prompt
@@ -35,7 +35,6 @@ def opened(monkeypatch):
     if not GPU:
         monkeypatch.setattr(Services, "reads_pages", lambda services, pages: services.stores.owns(pages.store))
         monkeypatch.setattr(page_gather, "PROGRAMS", 1)
-        monkeypatch.setattr(part_attention, "part_attention", part_attention.part_attention_ref)
     monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 14)
     monkeypatch.setattr(pieces, "piece_cuts", note)
     return cuts
@@ -78,7 +77,7 @@ def test_rows_of_a_batch_with_padding_keep_apart():
 
 
 def test_a_custom_mask_inside_a_chunk_is_honoured(monkeypatch):
-    monkeypatch.setattr("icecache.attention.chunk.LOGIT_BYTES", 4000)
+    monkeypatch.setattr("icecache.attention.attend.LOGIT_BYTES", 4000)
     model, ids = build("llama").to(DEVICE), prompt(1, 130).to(DEVICE)
     mask = torch.ones(1, 1, 130, 130, dtype=torch.bool, device=DEVICE).tril()
     mask[..., 110:120, 110:120] = True

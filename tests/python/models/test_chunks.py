@@ -72,8 +72,7 @@ def test_an_exact_chunk_differs_from_a_sparse_one_so_the_tests_above_can_fail():
 
 
 def test_a_later_chunk_is_exact_under_a_small_budget_however_many_blocks_it_streams(monkeypatch):
-    monkeypatch.setattr("icecache.attention.stream.BLOCK_PAGES", 3)
-    monkeypatch.setattr("icecache.attention.stream.LOGIT_BYTES", 20_000)
+    monkeypatch.setattr("icecache.transfer.pieces.BLOCK_TOKENS", 48)
     model, ids = build("qwen3"), prompt(2, 330)
     dense = forward(model, ids, DynamicCache())[:, 250:]
     with IceRuntime.wrap(model, budget=64, dense_below=0) as runtime:

@@ -6,8 +6,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from icecache.attention import Inside, chunk, library
+from icecache.attention import Inside, attend, library
 from icecache.attention.chunk import chunk_attention
+from icecache.kernels.part_attention import part_attention_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,28 +43,44 @@ def test_a_chunk_equals_attention_to_its_past_and_to_itself(softcap, with_sinks)
         torch.testing.assert_close(got[b].double(), expected.permute(2, 0, 1, 3).flatten(1, 2), atol=1e-5, rtol=0)
 
 
-def test_a_part_by_a_library_is_folded_like_our_own(monkeypatch):
-    """Pieces of a length that comes again go to the library; here it is torch's softmax."""
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("n_queries", "n_keys", "causal"), [(5, 40, False), (40, 40, True), (7, 40, True)])
+def test_a_part_is_attended_to_and_folded_on_every_device(softcap, n_queries, n_keys, causal, monkeypatch):
+    monkeypatch.setattr(attend, "LOGIT_BYTES", 2000)
+    query, keys, values, onto = part_case(n_queries, n_keys)
+    options = {"softcap": softcap, "causal": causal}
+    for earlier in (None, onto):
+        expected = part_attention_ref(query, keys, values, 0.3, **options, onto=earlier)
+        given = None if earlier is None else tuple(t.clone() for t in earlier)
+        got = attend.attend(query, keys, values, scaling=0.3, **options, onto=given)
+        for ours, truth in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours.double(), truth, atol=1e-5, rtol=0)
 
-    def library(query, keys, values, scaling):
-        logits = query @ keys[:, None].transpose(-1, -2) * scaling
-        lengths.append(keys.shape[1])
-        return logits.softmax(-1) @ values[:, None], logits.logsumexp(-1)
 
-    query, keys, values, pasts = chunk_case()
-    pieces = [[(k[:, i : i + 40], v[:, i : i + 40]) for i in range(0, k.shape[1], 40)] for k, v in pasts]
-    arguments = (lambda b: nullcontext(pieces[b]), query, keys, values, Inside())
-    ours, lengths = chunk_attention(*arguments, scaling=0.3), []
-    monkeypatch.setattr(chunk, "serves", lambda *_: True)
-    monkeypatch.setattr(chunk, "library_attention", library)
-    torch.testing.assert_close(chunk_attention(*arguments, scaling=0.3), ours, atol=1e-5, rtol=0)
-    assert lengths == [40, 40]
+def part_case(n_queries, n_keys, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(DEVICE)  # noqa: E731
+    query = draw(2, n_queries, 3, 16).transpose(1, 2)
+    onto = draw(2, 3, n_queries, 16), draw(2, 3, n_queries)
+    return query, draw(2, n_keys, 16), draw(2, n_keys, 16), onto
+
+
+@pytest.mark.gpu
+def test_a_library_takes_parts_whose_length_comes_again():
+    make = {"dtype": torch.bfloat16, "device": "cuda"}
+    query, keys, values = torch.randn(2, 3, 100, 128, **make), *torch.randn(2, 2, 300, 128, **make)
+    if not library.serves(query, values, None):
+        pytest.skip("cuDNN has no fast kernel for this device")
+    first = attend.attend(query, keys[:, :50], values[:, :50], scaling=0.1)
+    ours = attend.attend(query, keys, values, scaling=0.1, onto=tuple(t.clone() for t in first))
+    theirs = attend.attend(query, keys, values, scaling=0.1, onto=first, planned=True)
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-2, rtol=0)
+    torch.testing.assert_close(ours[1], theirs[1], atol=1e-3, rtol=0)
+    assert not torch.equal(ours[0], theirs[0])
 
 
 @pytest.mark.gpu
 def test_the_library_gives_output_and_log_sum_exp_of_the_kernel():
-    from icecache.kernels.part_attention import part_attention_ref
-
     make = {"dtype": torch.bfloat16, "device": "cuda"}
     query, keys, values = torch.randn(2, 100, 4, 128, **make).transpose(1, 2), *torch.randn(2, 2, 300, 128, **make)
     if not library.serves(query, values, None):
