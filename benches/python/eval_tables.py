@@ -20,15 +20,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from icecache.arguments import task_list, token_count
 from icecache.eval.folder import MANIFEST, SAMPLES, RunFolder, merge_folders, read_manifest, read_records
 from icecache.eval.pool import pool
+from icecache.eval.record import Record
 from icecache.eval.report import write_report
 
 MODELS = {
@@ -232,20 +234,29 @@ def run(args: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
-def borrowed(folder: Path, into: Path) -> Path:
-    """Copy the records of an earlier run that stand beside new ones.
+def stripped(folder: Path, into: Path, taken: Callable[[Record], Record | None]) -> Path:
+    """Copy the records that `taken` gives without their settings: those do not matter, or the arms name them."""
+    manifest = read_manifest(folder)
+    manifest = replace(manifest, identity={**manifest.identity, "settings": []})
+    shutil.rmtree(into, ignore_errors=True)
+    with RunFolder(into, manifest, resume=False) as run:
+        run.add(record for one in read_records(folder) if (record := taken(one)) is not None)
+    return into
+
+
+def borrowed(record: Record) -> Record | None:
+    """Take what stands beside new records.
 
     Not those of our arms, which other settings may have decoded, nor of the controls that must give the tokens of full
     attention on the very same machine.
     """
-    left = {*GROUPS["ours"], "exact", "full-eager"}
-    manifest = read_manifest(folder)
-    settings = [pair for pair in manifest.identity["settings"] if not pair.startswith("decode=")]  # type: ignore[union-attr]
-    manifest = replace(manifest, identity={**manifest.identity, "settings": settings})
-    shutil.rmtree(into, ignore_errors=True)
-    with RunFolder(into, manifest, resume=False) as run:
-        run.add(record for record in read_records(folder) if record.arm.partition("@")[0] not in left)
-    return into
+    return None if record.arm.partition("@")[0] in {*GROUPS["ours"], "exact", "full-eager"} else record
+
+
+def named(record: Record, suffix: str) -> Record:
+    """Put the suffix of a folder into the name of the policy: "icecache@64" with "unread" is "icecache-unread@64"."""
+    policy, at, budget = record.arm.partition("@")
+    return replace(record, arm=f"{policy}-{suffix}{at}{budget}")
 
 
 def merge(args: argparse.Namespace) -> None:
@@ -258,7 +269,10 @@ def merge(args: argparse.Namespace) -> None:
         if not folders:
             continue
         kept = [folder for folder in args.earlier if str(read_manifest(folder).identity["model"]) == model]
-        folders += [borrowed(folder, args.out / f"earlier-{i}-{model}") for i, folder in enumerate(kept)]
+        for i, folder in enumerate(folders):
+            if suffix := folder.name.split(".")[4:]:  # behind model, cell, group, task
+                folders[i] = stripped(folder, args.out / f"named-{folder.name}", partial(named, suffix=suffix[0]))
+        folders += [stripped(folder, args.out / f"earlier-{i}-{model}", borrowed) for i, folder in enumerate(kept)]
         whole = args.out / f"all-{model}"
         shutil.rmtree(whole, ignore_errors=True)
         n = merge_folders(folders, whole)
