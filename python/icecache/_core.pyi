@@ -163,7 +163,7 @@ class PageStore:
 
     1..=65536 elements of a key, 0..=65536 of a value (0 stores keys only), "float32", "float16" or "bfloat16". A call
     that needs more than `limit_bytes` of pages raises `MemoryError` and changes nothing. Memory comes in pieces of
-    `slab_bytes` from `memory`, by default from the allocator of this process.
+    `slab_bytes` from `memory`, by default this process's allocator. `value_means` keeps the mean of each page's values.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ class PageStore:
         limit_bytes: int | None = None,
         memory: HostMemory | None = None,
         slab_bytes: int | None = None,
+        value_means: bool = False,
     ) -> None: ...
     @property
     def key_dim(self) -> int:
@@ -185,6 +186,9 @@ class PageStore:
     @property
     def dtype(self) -> str:
         """Element type."""
+    @property
+    def value_means(self) -> bool:
+        """Whether mean values of pages are kept."""
     @property
     def page_bytes(self) -> int:
         """Bytes of a page."""
@@ -217,12 +221,7 @@ class Forest:
     def insert(self, keys: _Bytes, values: _Bytes) -> int:
         """Add one token: uint8 (H, bytes) keys and values. Return its position; every later search finds it.
 
-        Raises
-        ------
-        ValueError
-            NaN or infinity in a key, or a wrong shape; nothing changes then.
-        MemoryError
-            The store is full; nothing changes then.
+        Nothing changes with a ValueError (NaN or infinity in a key, a wrong shape) or MemoryError (the store is full).
         """
     def settle(self) -> None:
         """Route all inserted tokens into the trees; searches see no difference, `digest` does."""
@@ -260,12 +259,8 @@ class Ahead:
 def extend(pool: Pool, forests: list[Forest], keys: list[_Bytes], values: list[_Bytes]) -> None:
     """Add tokens to many sequences; row r gets keys and values uint8 (H, n_r, bytes). On an error nothing changes.
 
-    Raises
-    ------
-    ValueError
-        NaN or infinity in a key (row, head and token are named), a wrong shape, or a forest named twice.
-    MemoryError
-        The limit of the store; the message has the bytes needed and available.
+    ValueError: NaN or infinity in a key (row, head and token are named), a wrong shape, or a forest named twice.
+    MemoryError: the limit of the store; the message has the bytes needed and available.
     """
 
 def search(
@@ -279,22 +274,23 @@ def search(
     candidates: int | None = None,
     probe_mass: float | None = None,
     exact: bool = False,
+    estimate_unread: bool = False,
 ) -> Selection:
     """Find the `k` pages with the largest attention mass for every KV head and its group of queries.
 
     Parameters
     ----------
     queries : float32 array, (R, H, G, key_dim)
-    scaling : float
-        Factor of query . key before the softmax.
-    softcap : float, optional
-        ``softcap * tanh(logit / softcap)`` is applied to scaled logits.
+    scaling, softcap : float
+        Factor of query . key before the softmax; ``softcap * tanh(logit / softcap)`` is applied to scaled logits.
     candidates : int, optional
         Pages scored from their keys. Default: max(6 k, 112).
     probe_mass : float, optional
         Share of the estimated mass that visited super-groups must hold, for long sequences.
     exact : bool
         Score every page from its keys.
+    estimate_unread : bool
+        Estimate what the other pages would give, from mean values that their store keeps (`value_means`).
     """
 
 def select_pages(forests: list[Forest], pages: npt.NDArray[np.int64]) -> Selection:
@@ -324,6 +320,9 @@ class Selection:
 
         Minus infinity when empty; G is 0 when no search made the selection.
         """
+    @property
+    def unread(self) -> npt.NDArray[np.float32] | None:
+        """What the pages that are not chosen would give by estimate, (R, H, G, value_dim); None if nobody asked."""
     @property
     def visited(self) -> npt.NDArray[np.int64]:
         """Page summaries scored, (R, H)."""

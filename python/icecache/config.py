@@ -56,6 +56,11 @@ class IceConfig:
         count) the first one packs its keys into pages and searches; the others store their own keys and values in the
         same order and read the pages that the first one has chosen. Packing and searching are done once for all of
         them, so both get cheaper; what is read gets worse, the more the less the layers attend alike. 1 to 64.
+    estimate_unread : bool, default=False
+        Add to the output of attention an estimate of the pages that are not read: each page's estimated share of the
+        softmax times its mean value, which takes a byte per page and element of a value on the host. False: they are
+        left out, and the tokens that are read share all of the softmax, as in most published methods. Steps run op by
+        op then, with a warning on a GPU. Needs ``reuse=1``; policies that do not search pages have nothing to estimate.
     dense_layers : tuple of int, default=()
         Layers that keep an ordinary dense KV cache; in a CUDA graph with room for an eighth more tokens.
     dense_below : int, default=1024
@@ -100,6 +105,7 @@ class IceConfig:
     sink_tokens: int = 16
     window_tokens: int | None = None
     reuse: int = 1
+    estimate_unread: bool = False
     dense_layers: tuple[int, ...] = ()
     dense_below: int = 1024
     sparse_prefill: bool = False
@@ -128,6 +134,12 @@ class IceConfig:
         _check_int("reuse", self.reuse, 1, 64)
         _check_int("dense_below", self.dense_below, 0, 2**40)
         _check_int("seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.estimate_unread, bool):
+            msg = f"estimate_unread must be True or False, got {self.estimate_unread!r}"
+            raise ConfigError(msg)
+        if self.estimate_unread and self.reuse > 1:
+            msg = f"estimate_unread must be False with reuse > 1: followers do not search, got reuse={self.reuse}"
+            raise ConfigError(msg)
         for layer in self.dense_layers:
             _check_int("dense_layers", layer, 0, 2**20)
         if self.host_memory is not None:

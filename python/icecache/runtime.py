@@ -14,7 +14,7 @@ from icecache.hf import RETRIEVAL, Engine, ModelHooks, adopt, decoder_for, regis
 from icecache.index.pool import shared_pool
 from icecache.pages import Inserter, Offload, Stores, WholeKV
 from icecache.policies import make_policy
-from icecache.select import Charges, MaskPolicy, Services, chooses_pages
+from icecache.select import Charges, MaskPolicy, Services, TreeSearch, chooses_pages
 from icecache.stats import Recorder, RuntimeStats, Trace
 from icecache.transfer import Staging
 
@@ -53,10 +53,11 @@ class IceRuntime:
             config = replace(config, dense_below=_NEVER)
         self.model, self.config, self._chosen = model, config, chosen
         self._recorder = Recorder()
+        estimates = config.estimate_unread and isinstance(chosen.selector, TreeSearch)
         pool, inserter = shared_pool(config.threads), Inserter()
         self._services = Services(
             pool=pool,
-            stores=Stores(config.host_memory, pool, serve=inserter.serve),
+            stores=Stores(config.host_memory, pool, serve=inserter.serve, value_means=estimates),
             staging=Staging(),
             recorder=self._recorder,
             selector=chosen.selector,

@@ -38,7 +38,9 @@ class PageStore:
         *,
         limit_bytes: int | None = None,
         memory: object = None,  # noqa: ARG002
+        value_means: bool = False,
     ) -> None:
+        self.value_means = value_means
         self.key_dim, self.value_dim, self.dtype, self.limit_bytes = key_dim, value_dim, dtype, limit_bytes
         self.page_bytes = PAGE * (key_dim + value_dim) * _ITEM_BYTES[dtype]
         self.forests: weakref.WeakSet[Forest] = weakref.WeakSet()
@@ -130,13 +132,18 @@ def search(
     candidates: int | None = None,
     probe_mass: float | None = None,
     exact: bool = False,
+    estimate_unread: bool = False,
 ) -> Selection:
+    if estimate_unread and forests and not forests[0].store.value_means:
+        raise ValueError("estimate_unread must be false for a store without mean values")
     if not np.isfinite(queries).all():
         raise ValueError(f"queries of row {int(np.argwhere(~np.isfinite(queries))[0][0])} hold NaN or infinity")
     n_rows, n_heads, group, _ = queries.shape
     width = min(k, max(max(forest.n_pages()) for forest in forests))
     selection = Selection(forests, np.full((n_rows, n_heads, width), -1, np.int64))
     selection.lse = np.full((n_rows, n_heads, group, 2), -np.inf, np.float32)
+    if estimate_unread:
+        selection.unread = np.zeros((n_rows, n_heads, group, forests[0].store.value_dim), np.float32)
     for r, forest in enumerate(forests):
         n_pages = forest.n_pages()[0]
         if n_pages == 0:
@@ -155,6 +162,15 @@ def search(
         selection.scores[r, :, : order.shape[1]] = np.take_along_axis(mass, order, -1)
         chosen = np.take_along_axis(page_lse, np.repeat(order[:, None], group, 1), -1)
         selection.lse[r, ..., 0], selection.lse[r, ..., 1] = total, np.logaddexp.reduce(chosen, axis=-1)
+        if selection.unread is not None and width < n_pages:
+            values = np.zeros((n_heads, n_pages * PAGE, forest.store.value_dim), np.float32)
+            values[:, : len(forest)] = decode(forest.values, forest.store.dtype)
+            counts = np.minimum(len(forest) - PAGE * np.arange(n_pages), PAGE)
+            means = values.reshape(n_heads, n_pages, PAGE, -1).sum(2) / counts[:, None]
+            left = page_lse.copy()
+            np.put_along_axis(left, np.repeat(order[:, None], group, 1), -np.inf, -1)
+            share = np.exp(left - np.logaddexp.reduce(left, axis=-1)[..., None])
+            selection.unread[r] = np.einsum("hgp,hpd->hgd", share, means)
     return selection
 
 
@@ -189,6 +205,7 @@ class Selection:
         self.scores = np.full(pages.shape, -np.inf, np.float32)
         self.lse = np.full((*pages.shape[:2], 1, 2), -np.inf, np.float32)
         self.visited = np.zeros(pages.shape[:2], np.int64)
+        self.unread: np.ndarray | None = None
 
     @property
     def counts(self) -> np.ndarray:

@@ -1,6 +1,10 @@
-"""One decode step of one layer: sink, window and chosen pages, merged by log-sum-exp.
+"""One decode step of one layer: sink, window and chosen pages, merged by log-sum-exp, and an estimate of the rest.
 
 Dimension key: B rows, H KV heads, G query heads per KV head, D head dim.
+
+Pages that are not read can count as one more part (`IceConfig.estimate_unread`), whose log-sum-exp and output the
+search estimates from what it knows of each page. Left out, their share of the softmax goes to the tokens that are read,
+and where attention is spread thin that share is most of it (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -8,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from icecache.attention.mass import add_mass, kept_sum
+from icecache.attention.mass import add_mass, kept_sum, unread_lse
 from icecache.attention.partial import Partial, merge, partial_attention, with_sink_logits
 from icecache.pages import LayerPages
 from icecache.select import Read, Services, read_groups
@@ -66,6 +70,7 @@ def decode_attention(
         part = with_sink_logits(part, sinks)
     recorder.attended(attended)
     _count_mass(services, part, unread)
+    part = _with_unread(part, unread)
     return part.out.reshape(n_rows, 1, -1, values.shape[-1]).to(query.dtype)
 
 
@@ -83,6 +88,19 @@ def _with_read(
     both = merge([Partial(part.out[rows], part.lse[rows]), far])
     index = torch.tensor(rows, device=query.device)
     return Partial(part.out.index_copy(0, index, both.out), part.lse.index_copy(0, index, both.lse))
+
+
+def _with_unread(part: Partial, unread: list[tuple[list[int], Read]]) -> Partial:
+    """Merge the estimate of what was not read, where there is one."""
+    estimated = [(rows, read.lse, read.unread) for rows, read in unread if read.unread is not None]
+    if not estimated:
+        return part
+    lse, out = torch.full_like(part.lse, float("-inf")), torch.zeros_like(part.out)
+    for rows, read_lse, read_unread in estimated:
+        assert read_lse is not None, "a search that estimates knows how much it has left out"
+        lse[rows] = unread_lse(read_lse).to(lse.device)[..., None]
+        out[rows] = torch.from_numpy(read_unread).to(out.device)[:, :, :, None]
+    return merge([part, Partial(out, lse)])
 
 
 def _count_mass(services: Services, part: Partial, unread: list[tuple[list[int], Read]]) -> None:

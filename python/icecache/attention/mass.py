@@ -23,11 +23,21 @@ def kept_sum(attended: torch.Tensor, lse: npt.NDArray[np.float32]) -> torch.Tens
     lse : numpy.ndarray
         float32 (..., 2): log-sum-exp over all pages (estimate), and over the chosen ones.
     """
+    return torch.sigmoid(attended - unread_lse(lse).to(attended.device)).sum()
+
+
+def unread_lse(lse: npt.NDArray[np.float32]) -> torch.Tensor:
+    """Log-sum-exp of the pages that are not chosen, float32 (...) on the CPU; minus infinity where there are none.
+
+    Parameters
+    ----------
+    lse : numpy.ndarray
+        float32 (..., 2): log-sum-exp over all pages (estimate), and over the chosen ones.
+    """
     total, chosen = lse[..., 0].astype(np.float64), lse[..., 1].astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         rest = total + np.log1p(-np.exp(np.minimum(chosen - total, 0.0)))
-    rest = np.where(np.isnan(rest), -np.inf, rest).astype(np.float32)
-    return torch.sigmoid(attended - torch.from_numpy(rest).to(attended.device)).sum()
+    return torch.from_numpy(np.where(np.isnan(rest), -np.inf, rest).astype(np.float32))
 
 
 def add_mass(services: Services, device: torch.device, kept: torch.Tensor | float, n: int) -> None:

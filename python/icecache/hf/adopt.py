@@ -106,7 +106,14 @@ def _rehomed(hooks: ModelHooks, source: RetrievalLayer, target: RetrievalLayer, 
             f"{target.members}; wrap with the same reuse and dense_layers, or adopt a dense cache instead"
         )
         raise CacheStateError(msg)
-    hooks.engine.services.stores.share(source.engine.services.stores)
+    stores = hooks.engine.services.stores
+    if source.pages is not None and stores.value_means and not source.pages.store.value_means:
+        msg = (
+            f"layer {layer}: its pages have no mean values, which estimate_unread=True needs; wrap the other runtime "
+            "with it, or adopt a dense cache instead"
+        )
+        raise CacheStateError(msg)
+    stores.share(source.engine.services.stores)
     new = source.forked(hooks.engine, sequence)
     if new.pages is not None:
         new.pages.layout = ours

@@ -351,6 +351,8 @@ def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
         reason = "triton is not installed"
     elif "forward" in model.__dict__:
         reason = "something else has replaced model.forward"
+    elif engine.config.estimate_unread:
+        reason = "pages that are not read (estimate_unread) are estimated by the host"
     elif engine.config.search == "cpu" and _core.default_workers() == 0:
         reason = "too few cores for workers that poll; 4 are the least"
     if reason is not None:

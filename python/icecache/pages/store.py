@@ -112,6 +112,8 @@ class Stores:
         Where memory comes from, whatever the device; None: page-locked memory for a GPU, the ordinary one otherwise.
     serve : callable or None
         Called with each new store whose pages a GPU reads.
+    value_means : bool, default=False
+        Whether stores keep the mean value of each page, for estimates of what is not read.
     """
 
     def __init__(
@@ -120,8 +122,11 @@ class Stores:
         pool: _core.Pool | None = None,
         memory: _core.HostMemory | None = None,
         serve: Callable[[_core.PageStore], None] | None = None,
+        *,
+        value_means: bool = False,
     ) -> None:
         self.limit_bytes, self.pool, self.memory, self.serve = limit_bytes, pool, memory, serve
+        self.value_means = value_means
         self._fixed = memory is not None
         self._shared: list[_core.HostMemory] = []
         """Memory of pages that were made by other runtimes and are read here."""
@@ -141,7 +146,14 @@ class Stores:
         shape = (key_dim, value_dim, dtype, device.type)
         if shape not in self._stores:
             memory = self._memory_for(device)
-            store = _core.PageStore(key_dim, value_dim, name, limit_bytes=self.limit_bytes, memory=memory)
+            store = _core.PageStore(
+                key_dim,
+                value_dim,
+                name,
+                limit_bytes=self.limit_bytes,
+                memory=memory,
+                value_means=self.value_means and value_dim > 0,
+            )
             if self.serve is not None and device.type != "cpu":
                 self.serve(store)
             self._stores[shape] = store

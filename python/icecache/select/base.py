@@ -41,6 +41,8 @@ class Request:
         Of the tensors to return.
     place : int
         Whose keys and values to return of the layers that share the forests; 0 is the leader.
+    estimates : bool
+        Whether the pages that are not chosen are estimated; their store has mean values then.
     """
 
     layer: int
@@ -54,6 +56,7 @@ class Request:
     dtype: torch.dtype
     device: torch.device
     place: int = 0
+    estimates: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,8 @@ class Read:
         Whether all host tokens of these rows were read.
     selection : Selection or None
         The pages, for the layers that share them; None: the selector chooses something else than pages.
+    unread : numpy.ndarray or None
+        float32 (R, H, G, Dv): what the pages that are not chosen would give. None: nobody has estimated it.
     """
 
     fetched: Fetched
@@ -81,6 +86,7 @@ class Read:
     positions: npt.NDArray[np.int32] | None = None
     everything: bool = False
     selection: _core.Selection | None = None
+    unread: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(slots=True)
@@ -131,9 +137,10 @@ class Services:
     def read(self, request: Request, selection: _core.Selection, *, everything: bool = False) -> Read:
         """Fetch a selection; ids and positions are copied out only when a trace is set."""
         fetched, lse = self.fetch(request, selection), None if everything else np.asarray(selection.lse)
+        read = Read(fetched, lse, everything=everything, selection=selection, unread=selection.unread)
         if self.trace is None:
-            return Read(fetched, lse, everything=everything, selection=selection)
-        return Read(fetched, lse, np.asarray(selection.pages), selection.positions(), everything, selection)
+            return read
+        return replace(read, pages=np.asarray(selection.pages), positions=selection.positions())
 
 
 class Selector(Protocol):
@@ -218,7 +225,18 @@ def _request(
 ) -> Request:
     near = pages.near
     shape = (near.keys.shape[-1], near.values.shape[-1], near.keys.dtype, near.keys.device)
-    return Request(pages.layer, forests, queries, services.n_pages, scaling, softcap, *shape, place=pages.place)
+    estimates = services.stores.value_means and pages.store.value_means
+    return Request(
+        pages.layer,
+        forests,
+        queries,
+        services.n_pages,
+        scaling,
+        softcap,
+        *shape,
+        place=pages.place,
+        estimates=estimates,
+    )
 
 
 def _led(

@@ -28,6 +28,7 @@ class TreeSearch:
                 softcap=request.softcap,
                 candidates=services.candidates,
                 exact=self.exact,
+                estimate_unread=request.estimates,
             )
         return services.read(request, selection)
 

@@ -97,7 +97,7 @@ impl PageStore {
     /// this machine.
     pub fn new(layout: PageLayout, options: StoreOptions) -> Result<Arc<Self>> {
         instruction_set()?;
-        let layout = PageLayout::new(layout.dtype, layout.key_dim, layout.value_dim)?.packed_by(layout.packing);
+        PageLayout::new(layout.dtype, layout.key_dim, layout.value_dim)?;
         let page_bytes = layout.page_bytes();
         let limit_pages = options.limit_bytes.map_or(u32::MAX as usize, |bytes| bytes / page_bytes);
         if limit_pages == 0 {

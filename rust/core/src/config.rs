@@ -97,13 +97,15 @@ pub struct SearchOptions {
     pub probe_mass: Option<f32>,
     /// Score every page exactly.
     pub exact: bool,
+    /// Estimate what the pages that are not chosen would give; needs a store with mean values.
+    pub estimate_unread: bool,
 }
 
 impl SearchOptions {
     /// Options with all defaults for `k` pages and the given scaling.
     #[must_use]
     pub fn new(k: usize, scaling: f32) -> Self {
-        Self { k, scaling, softcap: None, candidates: None, probe_mass: None, exact: false }
+        Self { k, scaling, softcap: None, candidates: None, probe_mass: None, exact: false, estimate_unread: false }
     }
 
     /// Pages that the second stage scores.

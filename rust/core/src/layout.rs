@@ -74,6 +74,8 @@ pub struct PageLayout {
     pub value_dim: usize,
     /// What makes keys similar when they are packed into pages.
     pub packing: Packing,
+    /// Whether mean values of sealed pages are kept, for estimates of pages that are not read.
+    pub value_means: bool,
 }
 
 /// What makes two keys similar.
@@ -104,13 +106,19 @@ impl PageLayout {
         if value_dim > MAX_DIM {
             return Err(Error::Option { name: "value_dim", expected: "0..=65536", received: value_dim.to_string() });
         }
-        Ok(Self { dtype, key_dim, value_dim, packing: Packing::Product })
+        Ok(Self { dtype, key_dim, value_dim, packing: Packing::Product, value_means: false })
     }
 
     /// The same, packed in another way.
     #[must_use]
     pub fn packed_by(self, packing: Packing) -> Self {
         Self { packing, ..self }
+    }
+
+    /// The same, with mean values of sealed pages.
+    #[must_use]
+    pub fn with_value_means(self) -> Self {
+        Self { value_means: true, ..self }
     }
 
     /// Bytes of one key.

@@ -62,6 +62,7 @@ mod stretch;
 mod sync;
 mod tail;
 mod validate;
+mod values;
 pub mod vector;
 
 pub use ahead::Ahead;

@@ -15,6 +15,7 @@ use crate::page::{Row, SealedPages};
 use crate::rows::decode;
 use crate::simd::BLOCK;
 use crate::simd::levels::level_kernels;
+use crate::values::ValueMeans;
 
 /// One token of a segment under construction.
 #[derive(Debug, Clone, Copy)]
@@ -31,6 +32,8 @@ pub(crate) struct Segment {
     /// Local position of every slot, page by page (16 per page but for the last).
     locals: Box<[u16]>,
     pub(crate) summaries: Summaries,
+    /// `None` where the layout wants none.
+    pub(crate) values: Option<ValueMeans>,
     groups: Vec<GroupSummary>,
 }
 
@@ -48,13 +51,14 @@ impl Segment {
         let summaries = Summaries::build(&keys, dim, &packing, &means);
         let locals = packing.iter().flatten().map(|&i| rows[i as usize].local).collect();
         let content = packing.iter().map(|page| page.iter().map(|&i| rows[i as usize].row).collect());
-        Self { pages: SealedPages::write(lease, content), locals, summaries, groups }
+        let pages = SealedPages::write(lease, content);
+        Self { values: ValueMeans::of(&pages), pages, locals, summaries, groups }
     }
 
     /// The segment of pages that were packed before; summaries are computed again.
     pub(crate) fn of_pages(pages: SealedPages, locals: Box<[u16]>) -> Self {
         let (summaries, groups) = summarise(&pages, locals.len());
-        Self { pages, locals, summaries, groups }
+        Self { values: ValueMeans::of(&pages), pages, locals, summaries, groups }
     }
 
     /// The segment of pages whose summaries are known.
@@ -64,7 +68,7 @@ impl Segment {
         summaries: Summaries,
         groups: Vec<GroupSummary>,
     ) -> Self {
-        Self { pages, locals, summaries, groups }
+        Self { values: ValueMeans::of(&pages), pages, locals, summaries, groups }
     }
 
     pub(crate) fn pages(&self) -> &SealedPages {
@@ -109,13 +113,15 @@ impl Segment {
     /// Whether summaries computed again from the rows are the stored ones, bit for bit.
     pub(crate) fn has_current_summaries(&self) -> bool {
         let (summaries, groups) = summarise(&self.pages, self.n_tokens());
-        self.summaries == summaries && self.groups == groups
+        self.summaries == summaries && self.groups == groups && self.values == ValueMeans::of(&self.pages)
     }
 
     /// Bytes beside the pages.
     pub(crate) fn heap_bytes(&self) -> usize {
         let groups: usize = self.groups.iter().map(GroupSummary::heap_bytes).sum();
-        size_of::<Self>() + 2 * self.locals.len() + self.pages.heap_bytes() + self.summaries.heap_bytes() + groups
+        let values = self.values.as_ref().map_or(0, ValueMeans::heap_bytes);
+        let summaries = self.summaries.heap_bytes() + values + groups;
+        size_of::<Self>() + 2 * self.locals.len() + self.pages.heap_bytes() + summaries
     }
 }
 

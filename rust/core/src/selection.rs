@@ -29,6 +29,7 @@ pub struct Selection {
     ordinals: Vec<u32>,
     scores: Vec<f32>,
     lse: Vec<f32>,
+    unread: Vec<f32>,
     visited: Vec<i64>,
 }
 
@@ -44,8 +45,14 @@ impl Selection {
             ordinals: vec![NONE; n * k],
             scores: vec![0.0; n * k],
             lse: vec![f32::NEG_INFINITY; n * group * 2],
+            unread: Vec::new(),
             visited: vec![0; n],
         }
+    }
+
+    /// Makes room for the estimates of unread pages, `value_dim` elements a query head.
+    pub(crate) fn make_unread(&mut self, value_dim: usize) {
+        self.unread = vec![0.0; self.views.len() * self.group * value_dim];
     }
 
     pub(crate) fn parts_mut(&mut self) -> (&[View], Vec<HeadOut<'_>>) {
@@ -53,10 +60,13 @@ impl Selection {
         let mut ordinals = self.ordinals.chunks_exact_mut(self.k.max(1));
         let mut scores = self.scores.chunks_exact_mut(self.k.max(1));
         let mut lse = self.lse.chunks_exact_mut((self.group * 2).max(1));
+        let per_head = self.unread.len() / self.views.len().max(1);
+        let mut unread = self.unread.chunks_exact_mut(per_head.max(1));
         let out = self.visited.iter_mut().map(|visited| HeadOut {
             ordinals: ordinals.next().unwrap_or_default(),
             scores: scores.next().unwrap_or_default(),
             lse: lse.next().unwrap_or_default(),
+            unread: unread.next().unwrap_or_default(),
             visited,
         });
         (&self.views, out.collect())
@@ -131,6 +141,13 @@ impl Selection {
     #[must_use]
     pub fn lse(&self) -> &[f32] {
         &self.lse
+    }
+
+    /// What the pages that are not chosen are estimated to give, `[rows, heads, group, value_dim]`: an average of their mean
+    /// values, to be weighted by what `lse` leaves to them. Zeros for a head with all pages chosen; empty unless asked for.
+    #[must_use]
+    pub fn unread(&self) -> &[f32] {
+        &self.unread
     }
 
     /// Page summaries scored, `[rows, heads]`.

@@ -79,7 +79,13 @@ pub fn search_view(
     ordinals.resize(options.k, u32::MAX);
     table.scores.resize(options.k, 0.0);
     table.lse.resize(2 * group, 0.0);
-    let out = HeadOut { ordinals: &mut ordinals, scores: &mut table.scores, lse: &mut table.lse, visited: &mut 0 };
+    let out = HeadOut {
+        ordinals: &mut ordinals,
+        scores: &mut table.scores,
+        lse: &mut table.lse,
+        unread: &mut [],
+        visited: &mut 0,
+    };
     Scratch::with(|scratch| search_head(view, queries, options, scratch, share, out));
     let pages = ordinals.iter().map_while(|&ordinal| view.page(ordinal as usize));
     pages.for_each(|page| table.push(&page));

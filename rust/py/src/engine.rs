@@ -140,7 +140,15 @@ impl Mailbox {
         exact: bool,
     ) -> PyResult<()> {
         let candidates = optional_count(candidates, "candidates")?;
-        let options = SearchOptions { k: count(k, "k")?, scaling, softcap, candidates, probe_mass, exact };
+        let options = SearchOptions {
+            k: count(k, "k")?,
+            scaling,
+            softcap,
+            candidates,
+            probe_mass,
+            exact,
+            estimate_unread: false,
+        };
         let layer = count(layer, "layer")?;
         let forests = forests.iter().map(|forest| std::sync::Arc::clone(&forest.get().inner)).collect();
         run(py, || self.inner.bind(layer, forests, options))

@@ -33,7 +33,8 @@ pub(crate) struct PageStore {
 #[pymethods]
 impl PageStore {
     #[new]
-    #[pyo3(signature = (key_dim, value_dim, dtype, *, limit_bytes=None, memory=None, slab_bytes=None))]
+    #[pyo3(signature = (key_dim, value_dim, dtype, *, limit_bytes=None, memory=None, slab_bytes=None, value_means=false))]
+    #[expect(clippy::too_many_arguments, reason = "the arguments of the Python constructor")]
     fn new(
         py: Python<'_>,
         key_dim: &Bound<'_, PyAny>,
@@ -42,6 +43,7 @@ impl PageStore {
         limit_bytes: Option<&Bound<'_, PyAny>>,
         memory: Option<&Bound<'_, HostMemory>>,
         slab_bytes: Option<&Bound<'_, PyAny>>,
+        value_means: bool,
     ) -> PyResult<Self> {
         let (key_dim, value_dim) = (count(key_dim, "key_dim")?, count(value_dim, "value_dim")?);
         let mut options =
@@ -52,7 +54,10 @@ impl PageStore {
         if let Some(bytes) = optional_count(slab_bytes, "slab_bytes")? {
             options.slab_bytes = bytes;
         }
-        let make = || core::PageStore::new(PageLayout::new(Dtype::parse(dtype)?, key_dim, value_dim)?, options);
+        let make = || {
+            let layout = PageLayout::new(Dtype::parse(dtype)?, key_dim, value_dim)?;
+            core::PageStore::new(if value_means { layout.with_value_means() } else { layout }, options)
+        };
         make().map(|inner| Self { inner }).map_err(|error| error.into_py(py))
     }
 
@@ -72,6 +77,12 @@ impl PageStore {
     #[getter]
     fn dtype(&self) -> &'static str {
         self.inner.layout().dtype.name()
+    }
+
+    /// Whether mean values of pages are kept.
+    #[getter]
+    fn value_means(&self) -> bool {
+        self.inner.layout().value_means
     }
 
     /// Bytes of a page.

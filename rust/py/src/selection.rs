@@ -58,6 +58,18 @@ impl Selection {
         to_array(py, self.inner.lse().to_vec(), &[rows, heads, self.inner.group(), 2])
     }
 
+    /// What pages that are not chosen are estimated to give, float32 (R, H, G, `value_dim`), to be weighted by what `lse`
+    /// leaves to them; None unless the search was asked for it.
+    #[getter]
+    fn unread<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyArrayDyn<f32>>>> {
+        let [rows, heads, _] = self.shape();
+        let (unread, group) = (self.inner.unread(), self.inner.group());
+        if unread.is_empty() {
+            return Ok(None);
+        }
+        to_array(py, unread.to_vec(), &[rows, heads, group, unread.len() / (rows * heads * group)]).map(Some)
+    }
+
     /// Page summaries scored, int64 (R, H).
     #[getter]
     fn visited<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyArrayDyn<i64>>> {
@@ -108,10 +120,12 @@ impl Selection {
 
 /// Find the pages with the largest attention mass for every KV head and its group of queries.
 ///
-/// `queries` is float32 (R, H, G, `key_dim`); `exact` scores every page from its keys.
+/// `queries` is float32 (R, H, G, `key_dim`); `exact` scores every page from its keys; `estimate_unread` needs a store with
+/// `value_means`.
 #[pyfunction]
 #[pyo3(signature = (
-    pool, forests, queries, k, *, scaling, softcap=None, candidates=None, probe_mass=None, exact=false
+    pool, forests, queries, k, *, scaling, softcap=None, candidates=None, probe_mass=None, exact=false,
+    estimate_unread=false
 ))]
 #[expect(clippy::too_many_arguments, reason = "the keyword arguments of the Python function")]
 pub(crate) fn search(
@@ -125,9 +139,10 @@ pub(crate) fn search(
     candidates: Option<&Bound<'_, PyAny>>,
     probe_mass: Option<f32>,
     exact: bool,
+    estimate_unread: bool,
 ) -> PyResult<Selection> {
     let candidates = optional_count(candidates, "candidates")?;
-    let options = SearchOptions { k: count(k, "k")?, scaling, softcap, candidates, probe_mass, exact };
+    let options = SearchOptions { k: count(k, "k")?, scaling, softcap, candidates, probe_mass, exact, estimate_unread };
     let first = forests.first().map(|forest| &forest.get().inner);
     let heads = first.map(|forest| forest.n_heads());
     let dim = first.map(|forest| forest.store().layout().key_dim);

@@ -9,6 +9,7 @@ use super::quantised::QuantisedQueries;
 use super::rank::top_keys;
 use super::scan::{Scan, ordinal};
 use super::share::{PREFETCH_PAGES, Parts, Share, each};
+use super::unread::{Masses, Unread};
 use crate::config::{CANDIDATE_REACH, FLAT_PAGES, PROBE_MASS, REACH, SEGMENT_PAGES, SearchOptions};
 use crate::layout::PageLayout;
 use crate::math::{log_sum, rank_index, rank_key};
@@ -24,6 +25,8 @@ pub(crate) struct HeadOut<'a> {
     pub(crate) scores: &'a mut [f32],
     /// `[group, 2]`: log-sum-exp of all pages, and of the chosen ones.
     pub(crate) lse: &'a mut [f32],
+    /// `[group, value_dim]`: what the pages that are not chosen are estimated to give; empty where nobody asks.
+    pub(crate) unread: &'a mut [f32],
     /// Summaries scored.
     pub(crate) visited: &'a mut i64,
 }
@@ -46,6 +49,7 @@ pub(crate) struct Scratch {
     dots: Vec<f32>,
     exact: ExactScores,
     parts: Parts,
+    unread: Unread,
 }
 
 /// Pages that were scored exactly.
@@ -95,6 +99,7 @@ pub(crate) fn search_head(
     out.ordinals.fill(u32::MAX);
     out.scores.fill(0.0);
     out.lse.fill(f32::NEG_INFINITY);
+    out.unread.fill(0.0);
     *out.visited = 0;
     let group = out.lse.len() / 2;
     let Some(layout) = view.layout() else { return };
@@ -102,7 +107,8 @@ pub(crate) fn search_head(
         return;
     }
     let logit = Logit { scaling: options.scaling, softcap: options.softcap.unwrap_or(0.0) };
-    let Scratch { queries: quantised, scan, probe, logits, ranking, weights, keys, max, dots, exact, parts } = scratch;
+    let Scratch { queries: quantised, scan, probe, logits, ranking, weights, keys, max, dots, exact, parts, unread } =
+        scratch;
     quantised.set(queries, layout.key_dim, |x| x);
     max.clear();
     max.resize(group, f32::NEG_INFINITY);
@@ -146,6 +152,27 @@ pub(crate) fn search_head(
     }
     *out.visited = (n_scanned + probe.n_scored + exact.ordinals.len() - exact.columns.len()) as i64;
     exact.finish(logits, stride, max, keys, share, &mut out);
+    if !out.unread.is_empty() {
+        let mut chosen = std::mem::take(&mut unread.chosen);
+        chosen.clear();
+        chosen.resize(exact.ordinals.len(), false);
+        for key in keys.iter() {
+            chosen[rank_index(*key) as usize] = true;
+        }
+        let masses = Masses {
+            group,
+            estimates: logits,
+            stride,
+            scanned: &scan.blocks,
+            left: &probe.left_blocks,
+            exact: &exact.masses,
+            capacity: exact.capacity,
+            ordinals: &exact.ordinals,
+            chosen: &chosen,
+        };
+        unread.average(view, &masses, out.unread);
+        unread.chosen = chosen;
+    }
 }
 
 /// Rank keys of all scanned lanes that hold a page.

@@ -14,6 +14,7 @@ mod quantised;
 mod rank;
 mod scan;
 mod share;
+mod unread;
 
 use rayon::ThreadPool;
 use rayon::prelude::*;
@@ -53,7 +54,18 @@ pub fn search(
     check_queries(queries, n_heads, group, dim)?;
     let views: Vec<View> = forests.iter().flat_map(|f| f.views()).collect();
     let most_pages = views.iter().map(View::n_pages).max().unwrap_or(0);
-    let mut selection = Selection::empty(views, n_heads, options.k.min(most_pages), group, layout_of(forests));
+    let layout = layout_of(forests);
+    let mut selection = Selection::empty(views, n_heads, options.k.min(most_pages), group, layout);
+    if options.estimate_unread {
+        let Some(value_dim) = layout.map(|layout| if layout.value_means { layout.value_dim } else { 0 }) else {
+            return Ok(selection);
+        };
+        if value_dim == 0 {
+            let expected = "false for a store without mean values";
+            return Err(Error::Option { name: "estimate_unread", expected, received: "true".to_owned() });
+        }
+        selection.make_unread(value_dim);
+    }
     let per_head = group * dim;
     let task = |(head, (view, out)): (usize, (&View, HeadOut<'_>))| {
         Scratch::with(|scratch| {

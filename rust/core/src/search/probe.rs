@@ -33,6 +33,8 @@ pub(crate) struct Probe {
     /// Estimates of the groups left out, `[group, n_left]`.
     pub(crate) left: Vec<f32>,
     pub(crate) n_left: usize,
+    /// Blocks of these groups.
+    pub(crate) left_blocks: Vec<u32>,
     /// Super-groups scored.
     pub(crate) n_scored: usize,
 }
@@ -40,6 +42,7 @@ pub(crate) struct Probe {
 impl Probe {
     pub(crate) fn clear(&mut self) {
         self.left.clear();
+        self.left_blocks.clear();
         self.n_left = 0;
         self.n_scored = 0;
     }
@@ -143,6 +146,8 @@ impl Probe {
     fn set_left(&mut self, n: usize, n_visited: usize) {
         let left = &self.keys[n_visited..];
         self.n_left = left.len();
+        self.left_blocks.clear();
+        self.left_blocks.extend(left.iter().map(|key| rank_index(*key)));
         self.left.clear();
         for logits in self.logits.chunks_exact(n) {
             self.left.extend(left.iter().map(|key| logits[rank_index(*key) as usize]));

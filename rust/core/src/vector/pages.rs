@@ -116,7 +116,13 @@ impl VectorIndex {
         let one = |queries: &[f32]| {
             let (mut ordinals, mut scores) = (vec![u32::MAX; k], vec![0.0; k]);
             let (mut lse, mut visited) = (vec![f32::NEG_INFINITY; 2 * group], 0);
-            let out = HeadOut { ordinals: &mut ordinals, scores: &mut scores, lse: &mut lse, visited: &mut visited };
+            let out = HeadOut {
+                ordinals: &mut ordinals,
+                scores: &mut scores,
+                lse: &mut lse,
+                unread: &mut [],
+                visited: &mut visited,
+            };
             Scratch::with(|scratch| search_head(&state.view, queries, &options, scratch, None, out));
             (ordinals, scores, lse)
         };
