@@ -6,8 +6,10 @@
 
 A job is `CELL/GROUP/MODEL`, or `CELL/GROUP/MODEL/TASK+TASK` for some of its tasks: one process, one folder that
 resumes, so several runs finish a part. Jobs start in the order given, as many at once as `--workers` and the memory
-allow. `--part main`: every policy at 16k in setup B with budgets 64 and 256. `--part side`: 4k, 32k, setup A and the
-budget between, for the policies of the paper's tables.
+allow. `JOB:KEY=VALUE` is a job with a field of `IceConfig`; `merge` puts the last word of the key into the names of its
+policies (`16k/ice/needle-mha:estimate_unread=true` gives `icecache-unread@64`). `--part main`: every policy at 16k in
+setup B with budgets 64 and 256. `--part side`: 4k, 32k, setup A and the budget between, for the policies of the paper's
+tables.
 """
 
 from __future__ import annotations
@@ -93,28 +95,31 @@ class Job:
     group: str
     model: str
     tasks: tuple[str, ...]
+    setting: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Job:
-        """Read CELL/GROUP/MODEL/TASK+TASK.
+        """Read CELL/GROUP/MODEL/TASK+TASK:KEY=VALUE.
 
         Raises
         ------
         SystemExit
             If a name is unknown.
         """
-        cell, group, model, tasks = (*text.split("/"), "", "", "")[:4]
+        names, _, setting = text.partition(":")
+        cell, group, model, tasks = (*names.split("/"), "", "", "")[:4]
         for what, name, known in (("cell", cell, CELLS), ("group", group, GROUPS), ("model", model, MODELS)):
             if name not in known:
                 msg = f"job {text!r}: {what} must be one of {', '.join(known)}, got {name!r}"
                 raise SystemExit(msg)
         usual = NOISE_TASKS if group == "noise" else (*SHORT, *LONG) if cell in WHOLE else SIDE_TASKS
-        return cls(cell, group, model, tuple(tasks.split("+")) if tasks else usual)
+        return cls(cell, group, model, tuple(tasks.split("+")) if tasks else usual, setting)
 
     @property
     def name(self) -> str:
         """Of its folder."""
-        return ".".join((self.model, self.cell, self.group, self.tasks[0]))
+        word = self.setting.partition("=")[0].rpartition("_")[2]
+        return ".".join((self.model, self.cell, self.group, self.tasks[0], *([word] if word else [])))
 
     @property
     def rows(self) -> int:
@@ -135,6 +140,7 @@ class Job:
             *(f"--limit={self.rows}", f"--batch={rows}", f"--lengths={cell.length}", f"--setup={cell.setup}"),
             *(f"--budgets={cell.budgets}", f"--tasks={','.join(self.tasks)}", "--controls=none"),
             f"--policies={','.join(arms)}",
+            *([f"--set={self.setting}"] if self.setting else []),
         ]
 
 
@@ -210,10 +216,8 @@ def _start(job: Job, args: argparse.Namespace, rows: int, seconds: float) -> str
         "HF_HUB_OFFLINE": "1",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     }
-    name = f"{job.name}{args.suffix}"
-    command = [*job.command(rows), "--out", str(args.out / name), "--device", args.device]
-    command += [f"--set={pair}" for pair in args.settings]
-    with (args.out / f"{name}.log").open("a") as log:
+    command = [*job.command(rows), "--out", str(args.out / job.name), "--device", args.device]
+    with (args.out / f"{job.name}.log").open("a") as log:
         try:
             done = subprocess.run(
                 command, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False, env=environment
@@ -303,7 +307,9 @@ def main() -> None:
             )
             sub.add_argument("--machine", default="h200", help="last part of the folders' names")
             continue
-        sub.add_argument("jobs", nargs="*", metavar="CELL/GROUP/MODEL[/TASK+TASK]", help="instead of a part")
+        sub.add_argument(
+            "jobs", nargs="*", metavar="CELL/GROUP/MODEL[/TASK+TASK][:KEY=VALUE]", help="instead of a part"
+        )
         sub.add_argument("--part", choices=("main", "side"), default="main")
         sub.add_argument("--seconds", type=float, required=True, help="begin and let live no job beyond")
         sub.add_argument("--workers", type=int, default=4, help="processes at once")
