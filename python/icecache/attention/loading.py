@@ -23,15 +23,16 @@ from icecache.attention.finder import FinderShape, PageFinder
 def load_step(shape: StepShape, finder: FinderShape | None, softcap: float | None) -> None:
     """Launch what a step of this shape launches, over nothing.
 
-    Layers without pages are left out, and of layers that share pages one group of each size is launched.
+    Layers without pages are left out. Of groups of layers that share pages two of each size are launched: what the
+    second reads of a buffer for all starts at another alignment.
 
     Parameters
     ----------
     finder : FinderShape or None
         None: pages are chosen elsewhere.
     """
-    sizes = tuple(sorted(set(shape.group_sizes)))
-    shape = replace(shape, n_layers=sum(sizes), shared=sizes if sizes != (1,) else (), numbers=(), static=())
+    sizes = tuple(sorted(2 * list(set(shape.group_sizes))))
+    shape = replace(shape, n_layers=sum(sizes), shared=() if set(sizes) == {1} else sizes, numbers=(), static=())
     step = DeviceStep(shape, None)
     if finder is not None:
         step.finder = PageFinder(shape, finder)

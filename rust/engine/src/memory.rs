@@ -58,6 +58,9 @@ struct Shared {
 struct State {
     reserved_bytes: usize,
     pinned_bytes: usize,
+    /// Bytes on loan that are not page-locked. Not what is missing from `pinned_bytes`: memory that is being page-locked
+    /// just now, beside a step, is nobody's yet.
+    pageable_bytes: usize,
     pin_time: Duration,
     fallback: Option<String>,
     /// Slabs handed out through [`SlabAllocator`].
@@ -95,7 +98,8 @@ impl Drop for Block {
         }
         let mut state = lock(&self.memory.state);
         state.reserved_bytes -= self.region.bytes();
-        state.pinned_bytes -= if self.pinned { self.region.bytes() } else { 0 };
+        let kind = if self.pinned { &mut state.pinned_bytes } else { &mut state.pageable_bytes };
+        *kind -= self.region.bytes();
     }
 }
 
@@ -145,11 +149,10 @@ impl HostMemory {
         lock(&self.0.state).pin_time
     }
 
-    /// Whether a device can read everything held now.
+    /// Whether a device can read everything on loan now.
     #[must_use]
     pub fn is_pinned(&self) -> bool {
-        let state = lock(&self.0.state);
-        self.0.registrar.is_some() && state.pinned_bytes == state.reserved_bytes
+        self.0.registrar.is_some() && lock(&self.0.state).pageable_bytes == 0
     }
 
     /// Why memory that should have been page-locked is not, the first time that happened.
@@ -188,7 +191,8 @@ impl HostMemory {
             }
         }
         let mut state = lock(&shared.state);
-        state.pinned_bytes += if pinned { rounded } else { 0 };
+        let kind = if pinned { &mut state.pinned_bytes } else { &mut state.pageable_bytes };
+        *kind += rounded;
         state.pin_time += started.elapsed();
         drop(state);
         Ok(Block { region, pinned, memory: Arc::clone(shared) })

@@ -43,16 +43,17 @@ def test_loading_a_step_launches_what_the_step_launches(bits):
     real = launches_of(lambda: decode_step(case))
     shape, finder = step_shape(case), FinderShape(case.slots, bits, PAGES)
     ahead = launches_of(lambda: loading.load_step(replace(shape, n_layers=7), finder, case.softcap))
-    assert ahead == real
+    assert ahead >= real
+    assert {name for name, _, _ in ahead} == {name for name, _, _ in real}
     assert len(real) >= 9
 
 
-def test_of_layers_that_share_pages_one_group_of_each_size_is_loaded(monkeypatch):
+def test_of_layers_that_share_pages_two_groups_of_each_size_are_loaded(monkeypatch):
     shapes = []
     monkeypatch.setattr(loading, "DeviceStep", lambda shape, _box: shapes.append(shape) or Nothing())
     shape = replace(step_shape(CASES[0]), n_layers=11, shared=(3, 3, 3, 2), numbers=tuple(range(11)))
     loading.load_step(shape, None, None)
-    assert (shapes[0].n_layers, shapes[0].shared, shapes[0].numbers) == (5, (2, 3), ())
+    assert (shapes[0].n_layers, shapes[0].shared, shapes[0].numbers) == (10, (2, 2, 3, 3), ())
 
 
 class Nothing:

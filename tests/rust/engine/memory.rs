@@ -1,8 +1,8 @@
 //! Host memory: limits, failures, and that all of it comes back.
 
 use std::ptr::NonNull;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use icecache_core::{Dtype, Error, ExtendRow, Forest, PageLayout, PageStore, StoreOptions, extend};
 use icecache_engine::{HostMemory, MemoryOptions, Pin, Registrar, SimulatedRegistrar};
@@ -71,6 +71,33 @@ fn refused_registration_falls_back_once_or_is_an_error() {
     assert!(error.to_string().contains("simulated limit"), "{error}");
     drop(forest);
     assert_eq!((required.reserved_bytes(), registrar.bytes()), (0, 0));
+}
+
+/// A device that looks at the memory while it registers some.
+#[derive(Debug, Default)]
+struct Looking {
+    memory: OnceLock<HostMemory>,
+    seen: Mutex<Vec<bool>>,
+}
+
+impl Registrar for Looking {
+    fn register(&self, _: NonNull<u8>, _: usize) -> Result<(), String> {
+        let now = self.memory.get().unwrap().is_pinned();
+        self.seen.lock().unwrap().push(now);
+        Ok(())
+    }
+
+    fn unregister(&self, _: NonNull<u8>) {}
+}
+
+#[test]
+fn memory_that_is_being_registered_makes_nothing_pageable() {
+    let registrar = Arc::new(Looking::default());
+    let pin = Pin::With { registrar: Arc::clone(&registrar) as Arc<dyn Registrar>, required: false };
+    let memory = HostMemory::new(MemoryOptions { limit_bytes: None, pin }, None).unwrap();
+    registrar.memory.set(memory.clone()).unwrap();
+    drop([memory.allocate(5000).unwrap(), memory.allocate(5000).unwrap()]);
+    assert_eq!(*registrar.seen.lock().unwrap(), [true, true]);
 }
 
 #[test]
