@@ -20,14 +20,15 @@ took one of them from .42 to 1.00 on a pointer chase at 64 tokens; at 128 and 25
 MIN_CANDIDATES = 112
 """Fewest pages scored from their keys, whatever is asked for: the index's own default."""
 
-CANDIDATES_PER_PAGE = 24
-"""Pages scored from their keys by default, per page read: matters where more than 42 pages are read."""
+CANDIDATES_PER_PAGE = 16
+"""Pages scored from their keys by default, per page read: matters where more than 12 pages are read."""
 
-THOROUGH_CANDIDATES = 1024
-"""Fewest pages scored from their keys by default: all of a context of 16k tokens.
+LEAST_CANDIDATES = 192
+"""Fewest pages scored from their keys by default.
 
-What a sharp query wants can be one key far from the mean of its page: on trained models with 1,020 pages the best page
-of a query stood as low as 896th by means, with nearly all of the mass of three heads of four (docs/LOG.md)."""
+What a sharp query wants can be one key far from the mean of its page, so pages are ranked by one bit per element of
+every key. On trained models with 1,020 pages and two pages read the worst query lost .07 of four heads' attention with
+192 candidates; ranked by their means, such a page stood as low as 896th (docs/LOG.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,10 +43,10 @@ class IceConfig:
     page_tokens : int, default=16
         Tokens per page. Only 16 in this version.
     candidates_per_page : int or None, default=None
-        Pages that a search on the host scores exactly per page read, at least 112 in all. Sets what that search costs:
-        it reads the keys of so many pages. None: 24 per page and at least 1024 in all, so every page of 16k tokens.
-        Fewer cost less and lose answers where one key holds all the attention and its page's mean does not show it
-        (docs/LOG.md). 1 to 4096.
+        Pages that a search on the host scores exactly per page read, at least 112 in all. Sets what that search costs
+        beyond one look at a bit per element of every key: it reads the keys of so many pages. None: 16 per page and at
+        least 192 in all, which finds the pages that scoring all of them would find, but for small trades between the
+        query heads of a group (docs/LOG.md). 1 to 4096.
     sink_tokens : int, default=16
         First tokens of a sequence; always on the compute device. 0 to 4096.
     window_tokens : int or None, default=None
@@ -178,7 +179,7 @@ class IceConfig:
     def candidates(self) -> int:
         """Pages a search scores from their keys."""
         if self.candidates_per_page is None:
-            return max(THOROUGH_CANDIDATES, CANDIDATES_PER_PAGE * self.retrieved_pages)
+            return max(LEAST_CANDIDATES, CANDIDATES_PER_PAGE * self.retrieved_pages)
         return max(MIN_CANDIDATES, self.candidates_per_page * self.retrieved_pages)
 
     @property

@@ -79,7 +79,7 @@ fn forest(pool: &rayon::ThreadPool, tokens: usize) -> Forest {
 }
 
 /// A flat scan with and without a tail, and one that chooses super-groups.
-const SIZES: [usize; 3] = [2048, 5003, 70_300];
+const SIZES: [usize; 3] = [2048, 5003, 266_500];
 
 #[test]
 fn a_search_in_place_allocates_nothing() {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use icecache_core::{Error, Forest, SearchOptions, all_pages};
 
-use crate::support::{add, find, forest, noise, pool};
+use crate::support::{add, find, forest, forest_by_means, noise, pool};
 
 const DIM: usize = 6;
 
@@ -84,7 +84,7 @@ fn a_share_out_of_range_is_refused() {
 #[test]
 fn a_search_of_a_long_thinned_context_finds_as_many_pages_as_there_are() {
     let (pool, dim, n) = (pool(2), 4, 70 * 1024);
-    let forest = forest(1, dim);
+    let forest = forest_by_means(1, dim);
     add(&pool, &forest, &noise(n * dim, 4));
     // Few pages are left, and most super-groups hold none of them.
     let gone: Vec<usize> = (0..n).filter(|i| i % 331 != 0 || i / 1024 % 2 == 0).collect();

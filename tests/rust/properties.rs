@@ -6,7 +6,7 @@ use icecache_core::{
 use proptest::prelude::*;
 use proptest::test_runner::Config;
 
-use crate::support::{SHAPES, add, bytes, find, forest, forest_with, noise, pool, shaped, try_add};
+use crate::support::{SHAPES, add, bytes, find, forest, forest_by_means, forest_with, noise, pool, shaped, try_add};
 
 proptest! {
     #![proptest_config(Config { cases: 12, ..Config::default() })]
@@ -185,7 +185,7 @@ fn a_search_with_super_groups_loses_little_and_visits_few_pages() {
     let (centres, walk) = (noise(200 * dim, 1), noise(n * dim, 2));
     let keys: Vec<f32> =
         (0..n * dim).map(|i| 3.0 * centres[(i / dim / 64 * 37 % 200) * dim + i % dim] + walk[i]).collect();
-    let forest = forest(1, dim);
+    let forest = forest_by_means(1, dim);
     add(&pool, &forest, &keys);
     forest.validate().unwrap();
     let queries: Vec<f32> = (0..4 * dim).map(|i| keys[(i / dim * 17_777 + 5) * dim + i % dim]).collect();

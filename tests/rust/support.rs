@@ -34,6 +34,12 @@ pub(crate) fn forest(heads: usize, dim: usize) -> Forest {
     forest_with(heads, dim, StoreOptions { slab_bytes: 1 << 16, ..StoreOptions::default() })
 }
 
+/// Keys have no codes: pages are ranked by their means, and groups of them are visited from 4096 pages on already.
+pub(crate) fn forest_by_means(heads: usize, dim: usize) -> Forest {
+    let layout = PageLayout::new(Dtype::F32, dim, dim).unwrap().without_codes();
+    Forest::new(PageStore::new(layout, StoreOptions::default()).unwrap(), heads).unwrap()
+}
+
 /// Waits until the pages in use are `bytes` large: a thread that packs a stretch in vain frees its pages when it is done.
 pub(crate) fn wait_for_bytes(store: &PageStore, bytes: usize) {
     let deadline = std::time::Instant::now() + std::time::Duration::from_mins(1);

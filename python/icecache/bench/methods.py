@@ -28,7 +28,7 @@ METHODS = {
     "ice-1bit": "the same with one bit an element of the summaries on the device, as for long contexts",
     "ice-2bit": "the same with both bits there, as for short ones",
     "ice-cpu": "IceCache: search on the host, a step in one CUDA graph",
-    "ice-6": "the same with 6 candidates per page read, at least 112, instead of 1024",
+    "ice-6": "the same with 6 candidates per page read, at least 112, instead of 16 and 192",
     "ice-reuse": "the same as ice, and of 3 layers one searches for all",
     "ice-paper": "the paper's setting: 2 layers dense, and of 3 others one searches for all",
     "ice-eager": "IceCache, op by op",

@@ -97,7 +97,8 @@ impl PageStore {
     /// this machine.
     pub fn new(layout: PageLayout, options: StoreOptions) -> Result<Arc<Self>> {
         instruction_set()?;
-        PageLayout::new(layout.dtype, layout.key_dim, layout.value_dim)?;
+        let checked = PageLayout::new(layout.dtype, layout.key_dim, layout.value_dim)?;
+        let layout = PageLayout { key_codes: layout.key_codes && checked.key_codes, ..layout };
         let page_bytes = layout.page_bytes();
         let limit_pages = options.limit_bytes.map_or(u32::MAX as usize, |bytes| bytes / page_bytes);
         if limit_pages == 0 {

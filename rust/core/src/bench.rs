@@ -4,7 +4,7 @@
 use crate::config::{PAGE_TOKENS, SearchOptions};
 use crate::layout::Dtype;
 use crate::math::{dots, log_sum};
-use crate::search::{PageScorer, QuantisedQueries, Scan};
+use crate::search::{CodedQueries, PageScorer, QuantisedQueries, Scan, ScanOut, ScanQueries};
 use crate::simd::{BLOCK, Dots, Kernels, Logit, available, kernels};
 use crate::snapshot::View;
 
@@ -13,13 +13,15 @@ use crate::snapshot::View;
 pub struct Stages {
     scan: Scan,
     queries: QuantisedQueries,
+    coded: CodedQueries,
     logits: Vec<f32>,
+    ranking: Vec<f32>,
     dots: Vec<f32>,
     max: Vec<f32>,
 }
 
 impl Stages {
-    /// One int8 scan of all page summaries for all heads; returns the largest logit.
+    /// One scan of all page summaries and codes for all heads; returns the largest logit.
     pub fn scan(&mut self, view: &View, queries: &[f32], dim: usize, scaling: f32) -> f32 {
         self.queries.set(queries, dim, |x| x);
         self.scan.visit_all(view);
@@ -28,8 +30,15 @@ impl Stages {
         self.logits.resize(group * stride, 0.0);
         self.max.clear();
         self.max.resize(group, f32::NEG_INFINITY);
+        self.ranking.resize(group * stride, 0.0);
+        let codes = view.layout().is_some_and(|layout| layout.key_codes);
+        if codes {
+            self.coded.set(queries, dim);
+        }
         let logit = Logit { scaling, softcap: 0.0 };
-        self.scan.run(view, &self.queries, logit, stride, &mut self.logits, &mut self.max);
+        let forms = ScanQueries { quantised: &self.queries, coded: codes.then_some(&self.coded), logit };
+        let (logits, ranking, max) = (&mut self.logits, &mut self.ranking, &mut self.max);
+        self.scan.run(view, forms, ScanOut { stride, logits, ranking, max });
         self.max.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
 

@@ -33,7 +33,13 @@ pub(crate) const REACH: f32 = 0.1;
 /// The same when candidates are ranked: a page whose farthest key points along the query must not be overlooked.
 /// Measured: 0 loses .028 of the mass, .25 loses .017 with 96 candidates (13 pages of 16k keys); .5 is worse again.
 pub(crate) const CANDIDATE_REACH: f32 = 0.25;
-/// Sealed pages above which super-groups are visited instead of all summaries.
+/// How far along the query a coded key is taken to reach beyond its code, as a share of `.75 sqrt(dim)` fits: of the part
+/// that one bit per element leaves out. Measured with .1 to .35 (docs/LOG.md).
+pub(crate) const CODE_ROOM: f32 = 0.2 * 0.75;
+/// Sealed pages above which super-groups are visited instead of all pages, where these are ranked by the codes of their
+/// keys: a group's summary hides a single key as a page's mean does.
+pub(crate) const FLAT_CODED_PAGES: usize = 16 * 1024;
+/// The same where pages are ranked by their means.
 pub(crate) const FLAT_PAGES: usize = 4096;
 /// At least one in so many super-groups is visited, whatever their estimates.
 pub(crate) const MIN_PROBED_PART: usize = 6;
@@ -93,7 +99,7 @@ pub struct SearchOptions {
     /// Pages scored exactly; default `max(6 k, 112)`. Raised to `k` when smaller.
     pub candidates: Option<usize>,
     /// Estimated share of the softmax mass that the visited super-groups must hold, in `(0, 1]`. Used above
-    /// 4096 sealed pages; 1 visits all, and a sixth of the groups is visited in any case.
+    /// 16,384 sealed pages (4096 without codes of keys); 1 visits all, and a sixth of the groups is visited in any case.
     pub probe_mass: Option<f32>,
     /// Score every page exactly.
     pub exact: bool,

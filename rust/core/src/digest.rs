@@ -1,8 +1,9 @@
-//! A hash of the whole structure: layout, rows, summaries. Page ids are left out, because they depend on history.
+//! A hash of the whole structure: layout, rows, summaries, codes. Page ids are left out, because they depend on history.
 #![forbid(unsafe_code)]
 
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::codes::KeyCodes;
 use crate::forest::Forest;
 use crate::snapshot::View;
 
@@ -39,5 +40,6 @@ fn add_tree(hash: &mut Xxh3, view: &View) {
         hash.update(bytemuck::cast_slice(&summaries.scales));
         hash.update(bytemuck::cast_slice(&summaries.spreads));
         hash.update(bytemuck::cast_slice(&summaries.radii));
+        entry.segment.codes.iter().flat_map(KeyCodes::bytes).for_each(|bytes| hash.update(bytes));
     }
 }

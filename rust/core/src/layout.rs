@@ -3,6 +3,7 @@
 
 use crate::config::PAGE_TOKENS;
 use crate::error::{Error, Result};
+use crate::simd::signs;
 
 /// Element type of keys and values.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -76,6 +77,9 @@ pub struct PageLayout {
     pub packing: Packing,
     /// Whether mean values of sealed pages are kept, for estimates of pages that are not read.
     pub value_means: bool,
+    /// Whether sealed keys are coded, one bit per element, so that a search sees single keys: 17 bytes a key of 128.
+    /// Not above 1024 dimensions.
+    pub key_codes: bool,
 }
 
 /// What makes two keys similar.
@@ -106,7 +110,8 @@ impl PageLayout {
         if value_dim > MAX_DIM {
             return Err(Error::Option { name: "value_dim", expected: "0..=65536", received: value_dim.to_string() });
         }
-        Ok(Self { dtype, key_dim, value_dim, packing: Packing::Product, value_means: false })
+        let key_codes = key_dim <= signs::MAX_DIM;
+        Ok(Self { dtype, key_dim, value_dim, packing: Packing::Product, value_means: false, key_codes })
     }
 
     /// The same, packed in another way.
@@ -119,6 +124,12 @@ impl PageLayout {
     #[must_use]
     pub fn with_value_means(self) -> Self {
         Self { value_means: true, ..self }
+    }
+
+    /// The same without codes of keys: searches rank pages by their means alone.
+    #[must_use]
+    pub fn without_codes(self) -> Self {
+        Self { key_codes: false, ..self }
     }
 
     /// Bytes of one key.

@@ -16,6 +16,7 @@ mod background;
 pub mod bench;
 mod brute;
 mod cell;
+mod codes;
 mod columns;
 mod compact;
 mod config;

@@ -2,10 +2,11 @@
 //!
 //! Summaries are int8 means in blocks of 16 pages, laid out `[dim / 2, 16 pages, 2]` so that a scan keeps one page per
 //! lane and needs no horizontal sums. A block is also a super-group: the pages of a segment are ordered so that
-//! similar ones share a block.
+//! similar ones share a block. Beside them lie codes of single keys (`codes.rs`).
 #![forbid(unsafe_code)]
 
 use crate::arena::Lease;
+use crate::codes::KeyCodes;
 use crate::config::{GROUP_PAGES, PAGE_TOKENS};
 use crate::groups::GroupSummary;
 use crate::layout::{Dtype, Packing, PageLayout};
@@ -34,6 +35,8 @@ pub(crate) struct Segment {
     pub(crate) summaries: Summaries,
     /// `None` where the layout wants none.
     pub(crate) values: Option<ValueMeans>,
+    /// The same.
+    pub(crate) codes: Option<KeyCodes>,
     groups: Vec<GroupSummary>,
 }
 
@@ -49,26 +52,28 @@ impl Segment {
         let (packing, means) = group_pages(pack_pages(&keys, dim, layout.packing), &keys, dim, layout.packing);
         let groups = GroupSummary::of_segment(&keys, dim, &packing);
         let summaries = Summaries::build(&keys, dim, &packing, &means);
+        let codes = codes(layout, &keys, &packing, &summaries);
         let locals = packing.iter().flatten().map(|&i| rows[i as usize].local).collect();
         let content = packing.iter().map(|page| page.iter().map(|&i| rows[i as usize].row).collect());
         let pages = SealedPages::write(lease, content);
-        Self { values: ValueMeans::of(&pages), pages, locals, summaries, groups }
+        Self { values: ValueMeans::of(&pages), pages, locals, summaries, codes, groups }
     }
 
     /// The segment of pages that were packed before; summaries are computed again.
     pub(crate) fn of_pages(pages: SealedPages, locals: Box<[u16]>) -> Self {
-        let (summaries, groups) = summarise(&pages, locals.len());
-        Self { values: ValueMeans::of(&pages), pages, locals, summaries, groups }
+        let (summaries, codes, groups) = summarise(&pages, locals.len());
+        Self { values: ValueMeans::of(&pages), pages, locals, summaries, codes, groups }
     }
 
-    /// The segment of pages whose summaries are known.
+    /// The segment of pages whose summaries are known and whose layout wants no codes.
     pub(crate) fn of_parts(
         pages: SealedPages,
         locals: Box<[u16]>,
         summaries: Summaries,
         groups: Vec<GroupSummary>,
     ) -> Self {
-        Self { values: ValueMeans::of(&pages), pages, locals, summaries, groups }
+        debug_assert!(!pages.layout().key_codes, "codes are not stored");
+        Self { values: ValueMeans::of(&pages), pages, locals, summaries, codes: None, groups }
     }
 
     pub(crate) fn pages(&self) -> &SealedPages {
@@ -110,23 +115,30 @@ impl Segment {
         self.pages.layout()
     }
 
-    /// Whether summaries computed again from the rows are the stored ones, bit for bit.
+    /// Whether summaries and codes computed again from the rows are the stored ones, bit for bit.
     pub(crate) fn has_current_summaries(&self) -> bool {
-        let (summaries, groups) = summarise(&self.pages, self.n_tokens());
-        self.summaries == summaries && self.groups == groups && self.values == ValueMeans::of(&self.pages)
+        let (summaries, codes, groups) = summarise(&self.pages, self.n_tokens());
+        let values = ValueMeans::of(&self.pages);
+        self.summaries == summaries && self.codes == codes && self.groups == groups && self.values == values
     }
 
     /// Bytes beside the pages.
     pub(crate) fn heap_bytes(&self) -> usize {
         let groups: usize = self.groups.iter().map(GroupSummary::heap_bytes).sum();
         let values = self.values.as_ref().map_or(0, ValueMeans::heap_bytes);
-        let summaries = self.summaries.heap_bytes() + values + groups;
+        let codes = self.codes.as_ref().map_or(0, KeyCodes::heap_bytes);
+        let summaries = self.summaries.heap_bytes() + values + codes + groups;
         size_of::<Self>() + 2 * self.locals.len() + self.pages.heap_bytes() + summaries
     }
 }
 
-/// Summaries of full pages (but for the last), computed from their rows.
-fn summarise(pages: &SealedPages, n_tokens: usize) -> (Summaries, Vec<GroupSummary>) {
+/// Codes of packed keys, if the layout wants any.
+fn codes(layout: PageLayout, keys: &[f32], packing: &[Vec<u16>], summaries: &Summaries) -> Option<KeyCodes> {
+    layout.key_codes.then(|| KeyCodes::build(keys, layout.key_dim, packing, summaries))
+}
+
+/// Summaries and codes of full pages (but for the last), computed from their rows.
+fn summarise(pages: &SealedPages, n_tokens: usize) -> (Summaries, Option<KeyCodes>, Vec<GroupSummary>) {
     let layout = pages.layout();
     let mut keys = vec![0.0; n_tokens * layout.key_dim];
     for (page, out) in keys.chunks_mut(PAGE_TOKENS * layout.key_dim).enumerate() {
@@ -136,7 +148,8 @@ fn summarise(pages: &SealedPages, n_tokens: usize) -> (Summaries, Vec<GroupSumma
     let packing: Vec<Vec<u16>> = slots.chunks(PAGE_TOKENS).map(<[u16]>::to_vec).collect();
     let means = means(&packing, &keys, layout.key_dim);
     let summaries = Summaries::build(&keys, layout.key_dim, &packing, &means);
-    (summaries, GroupSummary::of_segment(&keys, layout.key_dim, &packing))
+    let codes = codes(layout, &keys, &packing, &summaries);
+    (summaries, codes, GroupSummary::of_segment(&keys, layout.key_dim, &packing))
 }
 
 /// Means of pages, `[pages, dim]`.
@@ -200,7 +213,7 @@ impl Summaries {
         }
     }
 
-    fn build(keys: &[f32], dim: usize, packing: &[Vec<u16>], means: &[f32]) -> Self {
+    pub(crate) fn build(keys: &[f32], dim: usize, packing: &[Vec<u16>], means: &[f32]) -> Self {
         let mut built = Self::empty(dim, packing.len());
         for ((page, members), mean) in packing.iter().enumerate().zip(means.chunks_exact(dim)) {
             let (scale, levels) = quantise(mean);
@@ -250,6 +263,13 @@ impl Summaries {
     /// Level of dimension `d` of the mean of `page`; times `scales[page]` it is the mean.
     pub(crate) fn level(&self, page: usize, d: usize) -> i8 {
         self.block(page / BLOCK)[d / 2 * (2 * BLOCK) + page % BLOCK * 2 + d % 2]
+    }
+
+    /// The mean of `page` as it is stored.
+    pub(crate) fn mean(&self, page: usize, out: &mut [f32]) {
+        for (d, m) in out.iter_mut().enumerate() {
+            *m = f32::from(self.level(page, d)) * self.scales[page];
+        }
     }
 
     fn heap_bytes(&self) -> usize {

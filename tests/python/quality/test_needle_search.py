@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from icecache import IceConfig, _core
 
-CHUNKS, CHUNK, DIM = 16, 1024, 32
+CHUNKS, CHUNK, DIM = 24, 1024, 32
 SCALING = DIM**-0.5
 
 
-def haystack(place: int) -> tuple[_core.Forest, np.ndarray]:
-    """16k keys that point a little along the query, but for those around the needle; and a query group of one."""
+def haystack(place: int) -> tuple[_core.Forest, np.ndarray, np.ndarray]:
+    """24k keys that point a little along the query, but for those around the needle; a query group of one; the keys."""
     rng = np.random.default_rng(3)
     keys = rng.normal(0, 0.6, (CHUNKS, CHUNK, DIM)).astype(np.float32)
     keys[..., 0] = 3.0
@@ -25,18 +25,27 @@ def haystack(place: int) -> tuple[_core.Forest, np.ndarray]:
     query = np.zeros((1, 1, 1, DIM), np.float32)
     query[..., 0] = 2.0 / SCALING
     assert np.exp((keys[0] - keys[0, place]) @ query[0, 0, 0] * SCALING).sum() < 1.01
-    return forest, query
+    return forest, query, keys[0]
 
 
-def mass_found(forest: _core.Forest, query: np.ndarray, n_pages: int, candidates: int) -> float:
-    found = _core.search(_core.Pool(1), [forest], query, n_pages, scaling=SCALING, candidates=candidates)
-    lse = np.asarray(found.lse, np.float64)[0, 0, 0]
-    return float(np.exp(lse[1] - lse[0]))
+def pages_with_better_means(forest: _core.Forest, query: np.ndarray, keys: np.ndarray, place: int) -> int:
+    """Pages that mean and radius put before the one that holds `place`."""
+    positions = np.asarray(_core.all_pages([forest]).positions())[0, 0]
+    pages = keys[positions]
+    means = pages.mean(1)
+    radii = np.linalg.norm(pages - means[:, None], axis=2).max(1)
+    ranks = means @ query[0, 0, 0] + 0.25 * np.linalg.norm(query) * radii
+    return int((ranks > ranks[(positions == place).any(1)]).sum())
 
 
 @pytest.mark.parametrize("budget", [64, 256])
 def test_the_default_search_finds_a_key_that_its_page_hides(budget):
     config = IceConfig(budget=budget)
-    forest, query = haystack(place=5 * CHUNK + 123)
-    assert mass_found(forest, query, config.retrieved_pages, config.candidates) > 0.99
-    assert mass_found(forest, query, config.retrieved_pages, 24 * 13) < 0.5, "a haystack that hides nothing"
+    place = 5 * CHUNK + 123
+    forest, query, keys = haystack(place)
+    assert pages_with_better_means(forest, query, keys, place) > 1024, "a haystack that hides nothing"
+    found = _core.search(
+        _core.Pool(1), [forest], query, config.retrieved_pages, scaling=SCALING, candidates=config.candidates
+    )
+    lse = np.asarray(found.lse, np.float64)[0, 0, 0]
+    assert np.exp(lse[1] - lse[0]) > 0.99

@@ -3,14 +3,15 @@
 
 use std::cell::RefCell;
 
+use super::coded::CodedQueries;
 use super::exact::PageScorer;
 use super::probe::{Probe, Query};
 use super::quantised::QuantisedQueries;
 use super::rank::top_keys;
-use super::scan::{Scan, ordinal};
+use super::scan::{Scan, ScanOut, ScanQueries, ordinal};
 use super::share::{PREFETCH_PAGES, Parts, Share, each};
 use super::unread::{Masses, Unread};
-use crate::config::{CANDIDATE_REACH, FLAT_PAGES, PROBE_MASS, REACH, SEGMENT_PAGES, SearchOptions};
+use crate::config::{FLAT_CODED_PAGES, FLAT_PAGES, PROBE_MASS, SEGMENT_PAGES, SearchOptions};
 use crate::layout::PageLayout;
 use crate::math::{log_sum, rank_index, rank_key};
 use crate::simd::{BLOCK, Logit, kernels, prefetch};
@@ -35,11 +36,12 @@ pub(crate) struct HeadOut<'a> {
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
     queries: QuantisedQueries,
+    coded: CodedQueries,
     scan: Scan,
     probe: Probe,
     /// `[group, columns]`: logits of the scanned lanes and of the groups left out; later their masses.
     logits: Vec<f32>,
-    /// Logits of one head's scanned lanes, raised for the ranking; later their masses.
+    /// `[group, scanned lanes]`: logits that pages are ranked by; later their masses.
     ranking: Vec<f32>,
     /// Estimated mass per scanned lane, summed over the group.
     weights: Vec<f32>,
@@ -107,14 +109,28 @@ pub(crate) fn search_head(
         return;
     }
     let logit = Logit { scaling: options.scaling, softcap: options.softcap.unwrap_or(0.0) };
-    let Scratch { queries: quantised, scan, probe, logits, ranking, weights, keys, max, dots, exact, parts, unread } =
-        scratch;
+    let Scratch {
+        queries: quantised,
+        coded,
+        scan,
+        probe,
+        logits,
+        ranking,
+        weights,
+        keys,
+        max,
+        dots,
+        exact,
+        parts,
+        unread,
+    } = scratch;
     quantised.set(queries, layout.key_dim, |x| x);
     max.clear();
     max.resize(group, f32::NEG_INFINITY);
     let probe_mass = options.probe_mass.unwrap_or(PROBE_MASS);
     probe.clear();
-    if options.exact || probe_mass >= 1.0 || view.snapshot().segments.len() * SEGMENT_PAGES <= FLAT_PAGES {
+    let flat = if layout.key_codes { FLAT_CODED_PAGES } else { FLAT_PAGES };
+    if options.exact || probe_mass >= 1.0 || view.snapshot().segments.len() * SEGMENT_PAGES <= flat {
         scan.visit_all(view);
     } else {
         let query = Query { queries, quantised, logit };
@@ -125,13 +141,20 @@ pub(crate) fn search_head(
     let stride = n_scanned + probe.n_left;
     // Every column is written: by the scan, and below for the groups left out.
     logits.resize(group * stride, f32::NEG_INFINITY);
-    let further = |g: usize| (CANDIDATE_REACH - REACH) * quantised.length(g, options.scaling);
+    ranking.resize(group * n_scanned, f32::NEG_INFINITY);
+    // Where all pages are scored from their keys, their order does not matter.
+    let ranked = layout.key_codes && n_scanned > options.n_candidates();
+    if ranked {
+        coded.set(queries, layout.key_dim);
+    }
+    let forms = ScanQueries { quantised, coded: ranked.then_some(coded), logit };
+    let to = ScanOut { stride, logits, ranking, max };
     if let Some(share) = share {
-        parts.scan(share, view, &scan.blocks, quantised, logit, stride, logits, &mut scan.radii, max);
-        weigh_shared(share, logits, stride, &scan.radii, further, weights);
+        parts.scan(share, view, &scan.blocks, forms, to);
+        weigh_shared(share, ranking, n_scanned, weights);
     } else {
-        scan.run(view, quantised, logit, stride, logits, max);
-        weigh(logits, stride, &scan.radii, further, ranking, weights);
+        scan.run(view, forms, to);
+        weigh(ranking, n_scanned, weights);
     }
     for (g, left) in probe.left.chunks_exact(probe.n_left.max(1)).enumerate() {
         logits[g * stride + n_scanned..][..probe.n_left].copy_from_slice(left);
@@ -189,54 +212,37 @@ fn rank_lanes(view: &View, scan: &Scan, weights: &[f32], keys: &mut Vec<u64>) {
     }
 }
 
-/// Sums over the heads the mass that each scanned lane may hold, as a share of the head's. Only lanes that compete as
-/// candidates count: next to the exact (and therefore higher) logits of the tail a head would lose its vote.
-fn weigh(
-    logits: &[f32],
-    stride: usize,
-    radii: &[f32],
-    further: impl Fn(usize) -> f32,
-    ranking: &mut Vec<f32>,
-    weights: &mut Vec<f32>,
-) {
-    let kernels = kernels();
+/// Sums over the heads the mass that each scanned lane may hold, as a share of the head's; `ranking` becomes masses. Only
+/// lanes that compete as candidates count: next to the exact logits of the tail a head would lose its vote.
+fn weigh(ranking: &mut [f32], stride: usize, weights: &mut Vec<f32>) {
     weights.clear();
-    weights.resize(radii.len(), 0.0);
-    for (g, logits) in logits.chunks_exact(stride.max(1)).enumerate() {
-        if let Some(factor) = shares_of_head(logits, radii, further(g), ranking) {
-            (kernels.add_scaled)(weights, ranking, factor);
+    weights.resize(stride, 0.0);
+    for ranks in ranking.chunks_exact_mut(stride.max(1)) {
+        if let Some(factor) = shares_of_head(ranks) {
+            (kernels().add_scaled)(weights, ranks, factor);
         }
     }
 }
 
 /// [`weigh`], one head a part.
-fn weigh_shared(
-    share: &dyn Share,
-    logits: &[f32],
-    stride: usize,
-    radii: &[f32],
-    further: impl Fn(usize) -> f32 + Sync,
-    weights: &mut Vec<f32>,
-) {
+fn weigh_shared(share: &dyn Share, ranking: &mut [f32], stride: usize, weights: &mut Vec<f32>) {
     weights.clear();
-    weights.resize(radii.len(), 0.0);
-    let heads = logits.chunks_exact(stride.max(1)).map(|logits| (logits, Vec::new(), None)).collect();
-    let heads = each(share, heads, |g, (logits, ranking, factor): &mut (&[f32], Vec<f32>, Option<f32>)| {
-        *factor = shares_of_head(logits, radii, further(g), ranking);
+    weights.resize(stride, 0.0);
+    let heads = ranking.chunks_exact_mut(stride.max(1)).map(|ranks| (ranks, None)).collect();
+    let heads = each(share, heads, |_, (ranks, factor): &mut (&mut [f32], Option<f32>)| {
+        *factor = shares_of_head(ranks);
     });
-    for (_, ranking, factor) in heads {
+    for (ranks, factor) in heads {
         if let Some(factor) = factor {
-            (kernels().add_scaled)(weights, &ranking, factor);
+            (kernels().add_scaled)(weights, ranks, factor);
         }
     }
 }
 
 /// Masses of one head's lanes as candidates, to be multiplied by what is returned; `None` when there is none.
-fn shares_of_head(logits: &[f32], radii: &[f32], further: f32, ranking: &mut Vec<f32>) -> Option<f32> {
-    ranking.clear();
-    ranking.extend(logits.iter().zip(radii).map(|(logit, radius)| logit + further * radius));
-    let max = maximum(ranking);
-    (max > f32::NEG_INFINITY).then(|| 1.0 / (kernels().exp_sum)(ranking, max))
+fn shares_of_head(ranks: &mut [f32]) -> Option<f32> {
+    let max = maximum(ranks);
+    (max > f32::NEG_INFINITY).then(|| 1.0 / (kernels().exp_sum)(ranks, max))
 }
 
 /// Largest element; minus infinity for none. In lanes, so that it compiles to vector instructions.
@@ -377,22 +383,20 @@ fn total_of_head(estimates: &mut [f32], masses: &mut [f32], sums: &[f32], column
 
 #[cfg(test)]
 mod tests {
-    use super::{CANDIDATE_REACH, REACH, weigh};
+    use super::weigh;
 
     #[test]
-    fn every_head_has_one_vote_and_wide_pages_are_raised() {
-        // Two heads, three pages; a column of the tail that must not count. The second head's logits are far larger.
-        let (stride, radii, lengths) = (4, [0.0, 0.0, 4.0], [2.0, 1.0]);
-        let logits = [1.0, 0.5, 0.0, 90.0, 50.0, 51.0, 50.5, 90.0];
-        let (mut ranking, mut weights) = (Vec::new(), Vec::new());
-        let further = |g: usize| (CANDIDATE_REACH - REACH) * lengths[g];
-        weigh(&logits, stride, &radii, further, &mut ranking, &mut weights);
-        let raised = |g: usize, p: usize| {
-            f64::from(logits[g * stride + p]) + f64::from((CANDIDATE_REACH - REACH) * lengths[g] * radii[p])
+    fn every_head_has_one_vote() {
+        // Two heads, three pages. The second head's logits are far larger.
+        let ranking = [1.0, 0.5, 0.0, 50.0, 51.0, 50.5];
+        let (mut masses, mut weights) = (ranking, Vec::new());
+        weigh(&mut masses, 3, &mut weights);
+        let share = |g: usize, p: usize| {
+            let row = ranking[3 * g..][..3].iter().map(|&x| f64::from(x));
+            f64::from(ranking[3 * g + p]).exp() / row.map(f64::exp).sum::<f64>()
         };
-        let total = |g: usize| (0..3).map(|p| raised(g, p).exp()).sum::<f64>();
         for (p, weight) in weights.iter().enumerate() {
-            let expected: f64 = (0..2).map(|g| raised(g, p).exp() / total(g)).sum();
+            let expected: f64 = (0..2).map(|g| share(g, p)).sum();
             assert!((f64::from(*weight) - expected).abs() < 1e-5, "page {p}: {weight} and {expected}");
         }
     }

@@ -1,12 +1,15 @@
 //! Finding the pages with the largest attention mass, for all query heads of a KV head at once.
 //!
-//! Stage 1 estimates every page's log-sum-exp as `query . mean * scaling + ln count + reach * |query| * scaling * radius`
-//! from int8 means, normalises per head and sums the masses over the group. The last term makes room for keys that lie
-//! far from their page's mean; it is larger for ranking candidates than for the estimate of the whole mass.
-//! Stage 2 computes the exact log-sum-exp of the best `max(6 k, 112)` pages
-//! from their keys. The tail has no summaries: its pages are scored exactly in stage 1.
+//! Stage 1 looks at every sealed page twice. Its log-sum-exp is estimated from its int8 mean as
+//! `query . mean * scaling + ln count + reach * |query| * scaling * radius`, for the estimate of the whole mass; and it is
+//! ranked by the logit of its best key, from the codes of its keys (`coded.rs`): a mean hides a key that lies far from it.
+//! Ranks are normalised per head and their masses summed over the group. Where a layout has no codes, pages are ranked by
+//! their estimates, with a longer reach.
+//! Stage 2 computes the exact log-sum-exp of the best `max(6 k, 112)` pages from their keys. The tail has neither summaries
+//! nor codes: its pages are scored exactly.
 #![forbid(unsafe_code)]
 
+mod coded;
 mod exact;
 mod head;
 mod probe;
@@ -26,12 +29,14 @@ use crate::selection::Selection;
 use crate::snapshot::View;
 
 #[cfg(feature = "bench")]
+pub(crate) use coded::CodedQueries;
+#[cfg(feature = "bench")]
 pub(crate) use exact::PageScorer;
 pub(crate) use head::{HeadOut, Scratch, search_head};
 #[cfg(feature = "bench")]
 pub(crate) use quantised::QuantisedQueries;
 #[cfg(feature = "bench")]
-pub(crate) use scan::Scan;
+pub(crate) use scan::{Scan, ScanOut, ScanQueries};
 pub use share::Share;
 
 /// Searches every KV head of every forest with its group of queries, `[rows, heads, group, key_dim]`.

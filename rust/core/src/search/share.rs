@@ -7,8 +7,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::exact::PageScorer;
-use super::quantised::QuantisedQueries;
-use super::scan::scan_blocks;
+use super::scan::{Buffers, ScanOut, ScanQueries, scan_blocks};
 use crate::layout::PageLayout;
 use crate::simd::{BLOCK, Logit, prefetch};
 use crate::snapshot::View;
@@ -37,9 +36,9 @@ pub(crate) struct Parts {
 #[derive(Debug, Default)]
 struct ScanPart {
     logits: Vec<f32>,
-    radii: Vec<f32>,
-    raw: Vec<i32>,
+    ranking: Vec<f32>,
     max: Vec<f32>,
+    buffers: Buffers,
 }
 
 #[derive(Debug, Default)]
@@ -63,40 +62,37 @@ fn grow<T: Default>(parts: &mut Vec<Mutex<T>>, n: usize) {
 
 impl Parts {
     /// [`super::scan::Scan::run`] for `blocks`, shared.
-    #[expect(clippy::too_many_arguments, reason = "the arguments of the scan and who shares it")]
     pub(crate) fn scan(
         &mut self,
         share: &dyn Share,
         view: &View,
         blocks: &[u32],
-        queries: &QuantisedQueries,
-        logit: Logit,
-        stride: usize,
-        logits: &mut [f32],
-        radii: &mut Vec<f32>,
-        max: &mut [f32],
+        queries: ScanQueries<'_>,
+        out: ScanOut<'_>,
     ) {
         let chunks: Vec<&[u32]> = blocks.chunks(PART_BLOCKS).collect();
         grow(&mut self.scans, chunks.len());
+        let ScanOut { stride, logits, ranking, max } = out;
         let group = max.len();
         share.share(chunks.len(), &|p| {
             let mut part = lock(&self.scans[p]);
-            let ScanPart { logits, radii, raw, max } = &mut *part;
-            let width = chunks[p].len() * BLOCK;
-            logits.resize(group * width, 0.0);
+            let ScanPart { logits, ranking, max, buffers } = &mut *part;
+            let stride = chunks[p].len() * BLOCK;
+            logits.resize(group * stride, 0.0);
+            ranking.resize(group * stride, 0.0);
             max.clear();
             max.resize(group, f32::NEG_INFINITY);
-            scan_blocks(view, chunks[p], queries, logit, width, raw, logits, radii, max);
+            scan_blocks(view, chunks[p], queries, buffers, ScanOut { stride, logits, ranking, max });
         });
-        radii.clear();
         for (p, chunk) in chunks.iter().enumerate() {
             let part = lock(&self.scans[p]);
             let (first, width) = (p * PART_BLOCKS * BLOCK, chunk.len() * BLOCK);
-            for (g, row) in part.logits.chunks_exact(width).enumerate() {
-                logits[g * stride + first..][..width].copy_from_slice(row);
-                max[g] = max[g].max(part.max[g]);
+            for (g, max) in max.iter_mut().enumerate() {
+                let (to, from) = (g * stride + first, g * width);
+                logits[to..][..width].copy_from_slice(&part.logits[from..][..width]);
+                ranking[to..][..width].copy_from_slice(&part.ranking[from..][..width]);
+                *max = max.max(part.max[g]);
             }
-            radii.extend_from_slice(&part.radii);
         }
     }
 

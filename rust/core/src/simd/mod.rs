@@ -25,6 +25,7 @@ mod neon;
 pub(crate) mod promise;
 mod scalar;
 pub(crate) mod select;
+pub(crate) mod signs;
 #[cfg(test)]
 mod tests;
 

@@ -77,7 +77,7 @@ pub(super) fn cap(x: &mut [f32], softcap: f32) {
 }
 
 /// Scales, clamps and caps dot products.
-fn to_logits(x: &mut [f32; BLOCK], logit: Logit) {
+pub(super) fn to_logits(x: &mut [f32; BLOCK], logit: Logit) {
     for x in x.iter_mut() {
         *x = (*x * logit.scaling).clamp(-LOGIT_LIMIT, LOGIT_LIMIT);
     }

@@ -64,7 +64,9 @@ impl VectorConfig {
         let options = StoreOptions { slab_bytes: SLAB_BYTES, ..StoreOptions::default() };
         // Measured, 10 nearest of 64 pages: keys of attention .94 by product, .81 by distance; a Gaussian mixture .80, .83.
         let packing = if self.metric == Metric::InnerProduct { Packing::Product } else { Packing::Distance };
-        let store = PageStore::new(PageLayout::new(self.dtype, self.dim, 0)?.packed_by(packing), options);
+        let layout = PageLayout::new(self.dtype, self.dim, 0)?;
+        // Its codes are others: of four bits, from books made for its vectors.
+        let store = PageStore::new(layout.packed_by(packing).without_codes(), options);
         Ok(Forest::new(store?, 1)?)
     }
 }
