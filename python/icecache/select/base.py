@@ -116,9 +116,7 @@ class Services:
 
     def reads_pages(self, pages: LayerPages) -> bool:
         """Whether the device can read these pages where they lie."""
-        memory = self.stores.memory
-        cuda = pages.near.keys.device.type == "cuda"
-        return cuda and memory is not None and memory.is_pinned() and self.stores.owns(pages.store)
+        return pages.near.keys.device.type == "cuda" and self.stores.is_pinned()
 
     def drain(self, layers: Sequence[LayerPages]) -> None:
         """Move what is due from the windows of `layers` to their forests; see :func:`icecache.pages.drain`."""
