@@ -48,15 +48,16 @@ pub(crate) struct Shifts<'a> {
 pub(crate) struct PageCodes<'a> {
     pub(crate) codes: &'a [u8],
     pub(crate) base: f32,
+    pub(crate) step: f32,
     pub(crate) shifts: Option<Shifts<'a>>,
 }
 
 impl PageCodes<'_> {
-    pub(crate) const NONE: Self = Self { codes: &[], base: 0.0, shifts: None };
+    pub(crate) const NONE: Self = Self { codes: &[], base: 0.0, step: 0.0, shifts: None };
 }
 
-/// `scores[p][r] = pages[p].base + step * sum of the entries of row r`, and the shifts; all pages have codes of one length.
-pub(crate) type ScorePages = fn(pages: &[PageCodes<'_>], tables: &[u8], step: f32, scores: &mut [[f32; PAGE_TOKENS]]);
+/// `scores[p][r] = pages[p].base + pages[p].step * sum of the entries of row r`, and the shifts; all pages have codes of one length.
+pub(crate) type ScorePages = fn(pages: &[PageCodes<'_>], tables: &[u8], scores: &mut [[f32; PAGE_TOKENS]]);
 
 /// The kernel of this machine.
 pub(crate) fn score_pages() -> ScorePages {
@@ -80,7 +81,7 @@ fn available() -> Vec<ScorePages> {
     all
 }
 
-fn scalar(pages: &[PageCodes<'_>], tables: &[u8], step: f32, scores: &mut [[f32; PAGE_TOKENS]]) {
+fn scalar(pages: &[PageCodes<'_>], tables: &[u8], scores: &mut [[f32; PAGE_TOKENS]]) {
     for (page, scores) in pages.iter().zip(scores) {
         for (row, score) in scores.iter_mut().enumerate() {
             let mut sum = 0;
@@ -92,7 +93,7 @@ fn scalar(pages: &[PageCodes<'_>], tables: &[u8], step: f32, scores: &mut [[f32;
                     sum += i16::from(table(2 * half + 1)[usize::from(pair >> 4)]);
                 }
             }
-            *score = page.base + step * f32::from(sum);
+            *score = page.base + page.step * f32::from(sum);
             if let Some(shifts) = page.shifts {
                 *score += shifts.step * f32::from(shifts.rows[row]);
             }
@@ -111,25 +112,25 @@ mod x86 {
     const AHEAD: usize = 4;
     const LINE: usize = 64;
 
-    pub(super) fn score_256(pages: &[PageCodes<'_>], tables: &[u8], step: f32, scores: &mut [[f32; PAGE_TOKENS]]) {
+    pub(super) fn score_256(pages: &[PageCodes<'_>], tables: &[u8], scores: &mut [[f32; PAGE_TOKENS]]) {
         for (page, scores) in pages.iter().zip(scores) {
             assert!(page.codes.len().div_ceil(2 * GROUP_CODES) * PAIR_TABLES <= tables.len(), "tables too short");
             // SAFETY: `available` found AVX2.
-            unsafe { one_256(page, tables, step, scores) }
+            unsafe { one_256(page, tables, scores) }
         }
     }
 
-    pub(super) fn score_512(pages: &[PageCodes<'_>], tables: &[u8], step: f32, scores: &mut [[f32; PAGE_TOKENS]]) {
+    pub(super) fn score_512(pages: &[PageCodes<'_>], tables: &[u8], scores: &mut [[f32; PAGE_TOKENS]]) {
         let length = pages.first().map_or(0, |page| page.codes.len());
         assert!(pages.iter().all(|page| page.codes.len() == length), "codes of one length");
         assert!(length.div_ceil(2 * GROUP_CODES) * PAIR_TABLES <= tables.len(), "tables too short");
         assert!(scores.len() >= pages.len(), "output too short");
         // SAFETY: `available` found the features.
-        unsafe { all_512(pages, tables, step, scores) }
+        unsafe { all_512(pages, tables, scores) }
     }
 
     #[target_feature(enable = "avx2")]
-    fn one_256(page: &PageCodes<'_>, tables: &[u8], step: f32, scores: &mut [f32; PAGE_TOKENS]) {
+    fn one_256(page: &PageCodes<'_>, tables: &[u8], scores: &mut [f32; PAGE_TOKENS]) {
         let low_half = _mm256_set1_epi8(15);
         // 16-bit lanes: the first adds even row + 256 * odd row, the second the odd rows; both wrap, their difference is exact.
         let (mut both, mut odd) = (_mm256_setzero_si256(), _mm256_setzero_si256());
@@ -149,7 +150,7 @@ mod x86 {
             odd = _mm256_add_epi16(odd, _mm256_srli_epi16::<8>(sum));
         }
         let sums = rows_in_order(both, odd);
-        let (base, step) = (_mm256_set1_ps(page.base), _mm256_set1_ps(step));
+        let (base, step) = (_mm256_set1_ps(page.base), _mm256_set1_ps(page.step));
         let lanes = [_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums)];
         for (half, lanes) in lanes.into_iter().enumerate() {
             let sums = _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(lanes));
@@ -176,8 +177,7 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw")]
-    fn all_512(pages: &[PageCodes<'_>], tables: &[u8], step: f32, scores: &mut [[f32; PAGE_TOKENS]]) {
-        let step = _mm512_set1_ps(step);
+    fn all_512(pages: &[PageCodes<'_>], tables: &[u8], scores: &mut [[f32; PAGE_TOKENS]]) {
         for first in (0..pages.len()).step_by(2) {
             for page in pages.iter().skip(first + AHEAD).take(2) {
                 for line in page.codes.chunks(LINE) {
@@ -189,7 +189,8 @@ mod x86 {
             let sums = sums_512([two[0].codes, two[1].codes], tables);
             for (at, page) in two.into_iter().enumerate().take(pages.len() - first) {
                 let sums = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(sums[at]));
-                let mut score = _mm512_add_ps(_mm512_set1_ps(page.base), _mm512_mul_ps(step, sums));
+                let mut score =
+                    _mm512_add_ps(_mm512_set1_ps(page.base), _mm512_mul_ps(_mm512_set1_ps(page.step), sums));
                 if let Some(Shifts { rows, step }) = page.shifts {
                     // SAFETY: 16 bytes.
                     let rows = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(rows.as_ptr().cast()) });
@@ -265,13 +266,18 @@ mod tests {
                     let pages: Vec<PageCodes<'_>> = codes
                         .chunks_exact(groups * GROUP_CODES)
                         .enumerate()
-                        .map(|(page, codes)| PageCodes { codes, base: page as f32 - 1.3, shifts })
+                        .map(|(page, codes)| PageCodes {
+                            codes,
+                            base: page as f32 - 1.3,
+                            step: 0.013 + page as f32,
+                            shifts,
+                        })
                         .collect();
                     let mut want = vec![[0.0; PAGE_TOKENS]; n];
-                    scalar(&pages, &tables, 0.013, &mut want);
+                    scalar(&pages, &tables, &mut want);
                     for kernel in available() {
                         let mut got = vec![[1.0; PAGE_TOKENS]; n];
-                        kernel(&pages, &tables, 0.013, &mut got);
+                        kernel(&pages, &tables, &mut got);
                         assert_eq!(want, got, "{groups} {n}");
                     }
                 }
@@ -296,9 +302,10 @@ mod tests {
             }
         }
         let rows = std::array::from_fn(|row| row as i8 - 5);
-        let page = PageCodes { codes: &codes, base: 1000.0, shifts: Some(Shifts { rows: &rows, step: 4.0 }) };
+        let page =
+            PageCodes { codes: &codes, base: 1000.0, step: 2.0, shifts: Some(Shifts { rows: &rows, step: 4.0 }) };
         let mut scores = [[0.0; PAGE_TOKENS]];
-        score_pages()(&[page], &tables, 2.0, &mut scores);
+        score_pages()(&[page], &tables, &mut scores);
         for (row, score) in scores[0].into_iter().enumerate() {
             let sum: usize = (0..8).map(|subspace| (row + subspace) % 16).sum();
             let want = 1000.0 + 2.0 * sum as f32 + 4.0 * (row as f32 - 5.0);

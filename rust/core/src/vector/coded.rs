@@ -45,6 +45,9 @@ pub(super) struct Reach {
     pub(super) n_rows: usize,
     /// Deviations of the coding error within which of the k-th best row a row is scored exactly.
     pub(super) errors: f32,
+    /// Deviations of the coding error, too, by which rows of a page are preferred for each width of the book that the page
+    /// is wider: coded rows lie behind the true ones by what their codes miss, and codes of wide pages miss more.
+    pub(super) doubt: f32,
     /// Exactly this many pages, the most promising ones.
     pub(super) beam: Option<usize>,
 }
@@ -123,6 +126,8 @@ pub(super) struct CodedSearch<'a> {
     pub(super) work: &'a mut Work,
     /// What a row must reach to stay in the race.
     floor: f32,
+    /// Largest score of the mean of a page visited.
+    nearest: f32,
     visited: u64,
 }
 
@@ -140,9 +145,15 @@ impl Reach {
         // Without a number of pages, pages thinned by removals must not hide their rows: with 4 recall falls by .012.
         let pages = if beam.is_some() { 4.0 } else { 5.0 };
         match metric {
-            Metric::InnerProduct => Self { pages, blocks: 1.0, n_rows: n_rows(16, 5, 6), errors: 4.5 + more, beam },
-            Metric::SquaredL2 => Self { pages: pages + 1.5, blocks: 0.3, n_rows: n_rows(16, 6, 16), errors: 5.0, beam },
-            Metric::Cosine => Self { pages: 5.0, blocks: 0.5, n_rows: n_rows(32, 5, 10), errors: 6.5, beam },
+            Metric::InnerProduct => {
+                Self { pages, blocks: 1.0, n_rows: n_rows(16, 5, 6), errors: 4.5 + more, doubt: 0.0, beam }
+            }
+            Metric::SquaredL2 => {
+                Self { pages: pages + 1.5, blocks: 0.3, n_rows: n_rows(16, 6, 16), errors: 5.0, doubt: 6.0, beam }
+            }
+            Metric::Cosine => {
+                Self { pages: 5.0, blocks: 0.5, n_rows: n_rows(32, 5, 10), errors: 6.5, doubt: 0.0, beam }
+            }
         }
     }
 }
@@ -171,7 +182,17 @@ impl Task<'_> {
         for probe in &mut probes[..n] {
             work.scores.clear();
             work.places.clear();
-            let search = CodedSearch { task: self, probe, levels, whole, flat, work, floor: f32::MIN, visited: 0 };
+            let search = CodedSearch {
+                task: self,
+                probe,
+                levels,
+                whole,
+                flat,
+                work,
+                floor: f32::MIN,
+                nearest: f32::MIN,
+                visited: 0,
+            };
             visited += search.run(nearest);
             write(nearest);
         }
@@ -322,10 +343,12 @@ impl CodedSearch<'_> {
         let pages = std::mem::take(&mut self.work.pages);
         let n_rows = self.task.reach.n_rows;
         let mut scores = [[0.0; PAGE_TOKENS]; CHUNK];
+        self.nearest = pages.iter().map(|&page| self.probe.centers[page as usize]).fold(self.nearest, f32::max);
+        let doubt = self.task.reach.doubt * self.coding_error(self.nearest);
         for chunk in pages.chunks(CHUNK) {
             self.visited += chunk.len() as u64;
             let scores = &mut scores[..chunk.len()];
-            self.score_chunk(chunk, scores);
+            self.score_chunk(chunk, doubt, scores);
             let flat = scores.as_flattened();
             if count_at_least(flat, self.floor) > n_rows + n_rows / 4 {
                 // Rows below that many of this chunk alone are not among as many of all.
@@ -343,18 +366,20 @@ impl CodedSearch<'_> {
         self.work.pages = pages;
     }
 
-    /// Scores of the rows of some pages, minus infinity for rows that must not be returned.
-    fn score_chunk(&mut self, chunk: &[u32], scores: &mut [[f32; PAGE_TOKENS]]) {
+    /// Scores of the rows of some pages, with `doubt` for each width beyond 1, minus infinity for rows that must not be returned.
+    fn score_chunk(&mut self, chunk: &[u32], doubt: f32, scores: &mut [[f32; PAGE_TOKENS]]) {
         let tables = &self.probe.tables;
         let mut pages = [PageCodes::NONE; CHUNK];
         for (slot, &ordinal) in pages.iter_mut().zip(chunk) {
             let ordinal = ordinal as usize;
             self.probe.promises[ordinal] = f32::NEG_INFINITY;
             let (codes, page) = (&self.task.codes.segments[ordinal / SEGMENT_PAGES], ordinal % SEGMENT_PAGES);
-            let base = self.probe.centers[ordinal] + tables.scale.offset;
-            *slot = PageCodes { codes: codes.page(page), base, shifts: codes.shifts(page) };
+            let width = codes.width(page);
+            let base = self.probe.centers[ordinal] + width * tables.scale.offset + doubt * (width - 1.0);
+            let step = width * tables.scale.step;
+            *slot = PageCodes { codes: codes.page(page), base, step, shifts: codes.shifts(page) };
         }
-        score_pages()(&pages[..chunk.len()], &tables.entries, tables.scale.step, scores);
+        score_pages()(&pages[..chunk.len()], &tables.entries, scores);
         for (scores, &ordinal) in scores.iter_mut().zip(chunk) {
             if !self.whole[ordinal as usize / SEGMENT_PAGES] {
                 let allowed = self.task.allowed(ordinal as usize);

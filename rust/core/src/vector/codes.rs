@@ -41,10 +41,19 @@ pub(super) struct SegmentCodes {
     codes: Box<[u8]>,
     /// L2: mean half square of the coded rows of each page. Otherwise empty.
     pub(super) halves: Box<[f32]>,
-    /// L2: `[pages, 16]`, that mean less the row's own half square, in `shift_steps`. Otherwise empty.
+    /// L2: `[pages, 16]`, that mean less the row's own half square, in steps of the page. Otherwise empty.
     shifts: Box<[i8]>,
-    shift_steps: Box<[f32]>,
+    /// Per page.
+    steps: Box<[Steps]>,
     page_bytes: usize,
+}
+
+/// Sizes of the codes and of the corrections of a page, side by side because they are read together.
+#[derive(Debug, Clone, Copy, Default)]
+struct Steps {
+    /// By which codewords are stretched: the spread of the page's rows in terms of the book's.
+    width: f32,
+    shift: f32,
 }
 
 /// Summaries of the 16 groups (of 16 pages) of up to four segments.
@@ -116,14 +125,15 @@ impl SegmentCodes {
             codes: vec![0; segment.n_pages() * page_bytes].into(),
             halves: vec![0.0; lanes].into(),
             shifts: vec![0; lanes * PAGE_TOKENS].into(),
-            shift_steps: vec![0.0; lanes].into(),
+            steps: vec![Steps::default(); segment.n_pages()].into(),
             page_bytes,
         };
         for page in 0..segment.n_pages() {
             let mean = page_mean(segment, page);
-            let codes = book.encode(&page_offsets(segment, page, &mean));
+            let (codes, width) = book.encode(&page_offsets(segment, page, &mean));
+            built.steps[page].width = width;
             if l2 {
-                built.set_halves(page, &book.half_squares(&mean, &codes));
+                built.set_halves(page, &book.half_squares(&mean, width, &codes));
             }
             let out = &mut built.codes[page * page_bytes..][..page_bytes];
             for (row, codes) in codes.chunks_exact(book.n_subspaces()).enumerate() {
@@ -140,10 +150,11 @@ impl SegmentCodes {
         let mean = own.iter().map(|half| half / own.len() as f32).sum::<f32>();
         let largest = own.iter().fold(0.0_f32, |max, half| max.max((mean - half).abs()));
         self.halves[page] = mean;
-        self.shift_steps[page] = largest / 127.0;
-        if self.shift_steps[page].is_normal() {
+        let step = largest / 127.0;
+        self.steps[page].shift = step;
+        if step.is_normal() {
             for (shift, half) in self.shifts[page * PAGE_TOKENS..].iter_mut().zip(own) {
-                *shift = ((mean - half) / self.shift_steps[page]).round().clamp(-127.0, 127.0) as i8;
+                *shift = ((mean - half) / step).round().clamp(-127.0, 127.0) as i8;
             }
         }
     }
@@ -152,10 +163,15 @@ impl SegmentCodes {
         &self.codes[page * self.page_bytes..][..self.page_bytes]
     }
 
+    /// By which the codewords of a page are stretched.
+    pub(super) fn width(&self, page: usize) -> f32 {
+        self.steps[page].width
+    }
+
     /// Corrections of the rows of a page; `None` unless the metric is L2.
     pub(super) fn shifts(&self, page: usize) -> Option<Shifts<'_>> {
         let rows = self.shifts.get(page * PAGE_TOKENS..)?.first_chunk()?;
-        Some(Shifts { rows, step: self.shift_steps[page] })
+        Some(Shifts { rows, step: self.steps[page].shift })
     }
 
     /// Position of a slot among those of the segment.
@@ -170,7 +186,7 @@ impl SegmentCodes {
     }
 
     fn heap_bytes(&self) -> usize {
-        size_of::<Self>() + self.codes.len() + self.shifts.len() + 4 * (self.halves.len() + self.shift_steps.len())
+        size_of::<Self>() + self.codes.len() + self.shifts.len() + 4 * self.halves.len() + size_of_val(&*self.steps)
     }
 }
 
@@ -248,7 +264,7 @@ fn page_offsets(segment: &Segment, page: usize, mean: &[f32]) -> Vec<f32> {
     rows
 }
 
-/// Rows of pages at equal distances, at most [`SAMPLE`] numbers.
+/// Rows of full pages at equal distances, at most [`SAMPLE`] numbers.
 struct Sample {
     /// From the means of their pages, `[n, dim]`.
     offsets: Vec<f32>,
@@ -258,8 +274,10 @@ struct Sample {
 
 impl Sample {
     fn of(segments: &[&Arc<Segment>], mean: &[f32]) -> Self {
-        let pages: Vec<(&Arc<Segment>, usize)> =
-            segments.iter().flat_map(|segment| (0..segment.n_pages()).map(move |page| (*segment, page))).collect();
+        let pages: Vec<(&Arc<Segment>, usize)> = segments
+            .iter()
+            .flat_map(|segment| (0..segment.n_tokens() / PAGE_TOKENS).map(move |page| (*segment, page)))
+            .collect();
         let wanted = (SAMPLE / mean.len() / PAGE_TOKENS).max(1);
         let step = pages.len().div_ceil(wanted);
         let (mut offsets, mut whole) = (Vec::new(), Vec::new());

@@ -43,7 +43,7 @@ impl<'a> CodedSearch<'a> {
     }
 
     /// Deviation of coded from true scores near the k-th best.
-    fn coding_error(&self, kth: f32) -> f32 {
+    pub(super) fn coding_error(&self, kth: f32) -> f32 {
         if self.task.metric == Metric::SquaredL2 {
             let distance = (self.probe.prepared.square - 2.0 * kth).max(0.0).sqrt();
             return self.probe.tables.mean_error * distance;
