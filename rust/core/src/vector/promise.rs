@@ -115,6 +115,7 @@ impl Task<'_> {
             halves: self.codes.segments[segment].halves.get(lanes..).and_then(<[f32]>::first_chunk),
             whole_halves: self.metric == Metric::SquaredL2,
         };
+        let closed = if whole { 0 } else { self.closed_lanes(block) };
         let promise = promise();
         for (probe, raw) in probes.iter_mut().zip(raw.as_chunks::<BLOCK>().0) {
             let (Some(centers), Some(promises)) =
@@ -123,17 +124,33 @@ impl Task<'_> {
                 continue;
             };
             probe.tops[block] = promise(raw, summary, probe.aim, centers, promises);
-            if !whole {
-                let mut top = f32::NEG_INFINITY;
+            if closed != 0 {
                 for (lane, promise) in promises.iter_mut().enumerate() {
-                    if lanes + lane >= entry.segment.n_pages() || self.allowed(first + lane) == 0 {
+                    if closed >> lane & 1 == 1 {
                         *promise = f32::NEG_INFINITY;
                     }
-                    top = top.max(*promise);
                 }
-                probe.tops[block] = top;
+                probe.tops[block] = promises.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             }
         }
+    }
+
+    /// Bit `l`: lane `l` of a block has no row that may be returned. The same for all queries of a tile.
+    fn closed_lanes(&self, block: usize) -> u16 {
+        let (segment, first) = (block / SEGMENT_GROUPS, block % SEGMENT_GROUPS * BLOCK);
+        let entry = &self.state.view.snapshot().segments[segment];
+        let bit = |(lane, closed): (usize, bool)| u16::from(closed) << lane;
+        let lanes = first..entry.segment.n_pages().min(first + BLOCK);
+        let absent = u16::MAX.checked_shl(lanes.len() as u32).unwrap_or(0);
+        let closed: u16 = match (&self.masks, &entry.live) {
+            (Some(masks), _) => {
+                let of = |page| masks.of(segment * SEGMENT_PAGES + page) == 0;
+                lanes.map(of).enumerate().map(bit).sum()
+            }
+            (None, Some(live)) => live.masks[lanes].iter().map(|&mask| mask == 0).enumerate().map(bit).sum(),
+            (None, None) => 0,
+        };
+        absent | closed
     }
 
     /// Slots of a sealed page that may be returned.
