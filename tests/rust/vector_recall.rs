@@ -30,6 +30,10 @@ impl Noise {
 /// Rows and queries: topics with a power-law spectrum. For inner products queries lie elsewhere than rows, which share a
 /// large mean as keys do.
 fn data(metric: Metric) -> (Vec<f32>, Vec<f32>) {
+    data_of(metric, ROWS)
+}
+
+fn data_of(metric: Metric, n_rows: usize) -> (Vec<f32>, Vec<f32>) {
     let mut noise = Noise(7);
     let spectrum: Vec<f32> = (1..=DIM).map(|d| (d as f32).powf(-0.5)).collect();
     let topics: Vec<f32> = (0..200 * DIM).map(|i| 2.0 * noise.normal() * spectrum[i % DIM]).collect();
@@ -42,7 +46,7 @@ fn data(metric: Metric) -> (Vec<f32>, Vec<f32>) {
             .collect()
     };
     let product = metric == Metric::InnerProduct;
-    (draw(ROWS, if product { 3.0 } else { 0.0 }), draw(QUERIES, 0.0))
+    (draw(n_rows, if product { 3.0 } else { 0.0 }), draw(QUERIES, 0.0))
 }
 
 fn build(metric: Metric, dtype: Dtype, rows: &[f32], pool: &ThreadPool) -> VectorIndex {
@@ -106,6 +110,43 @@ fn insertions_and_deletions_cost_no_recall() {
         let found = index.search(None, &queries, 10, Effort::default()).unwrap();
         assert!(found.ids.iter().all(|id| *id >= 0 && id % 4 != 1), "{metric:?}: a removed id came back");
     }
+}
+
+#[test]
+fn rows_of_small_batches_come_to_lie_in_regions() {
+    let metric = Metric::SquaredL2;
+    let (rows, queries) = data_of(metric, 13_312);
+    let built = 8192;
+    let grown = |threads| {
+        let pool = pool(threads);
+        let index = build(metric, Dtype::F32, &rows[..built * DIM], &pool);
+        for (at, batch) in rows[built * DIM..].chunks(256 * DIM).enumerate() {
+            // Half of each batch is new, the other half replaces vectors that were built or came in a batch.
+            let first = built + at * 128;
+            let old = at * 1597 % (first - 128);
+            let ids: Vec<i64> = (first..first + 128).chain(old..old + 128).map(|id| id as i64).collect();
+            let addition = Addition { vectors: Numbers::F32(batch), ids: Some(&ids), on_conflict: OnConflict::Replace };
+            let before = index.snapshot();
+            let found = before.search(None, &queries, 10, Effort::EXACT).unwrap();
+            index.add(&pool, addition, None).unwrap();
+            index.validate().unwrap();
+            assert_eq!(index.len(), first + 128);
+            assert_eq!(before.search(None, &queries, 10, Effort::EXACT).unwrap(), found);
+            let mut stored = vec![0.0; 256 * DIM];
+            index.get(&ids, &mut stored).unwrap();
+            assert!(stored.iter().zip(batch).all(|(a, b)| (a - b).abs() < 1e-4), "batch {at} comes back");
+        }
+        index
+    };
+    let (index, other) = (grown(1), grown(3));
+    let beam = Effort { beam: Some(48), ..Effort::default() };
+    let (found, same) =
+        (index.search(None, &queries, 10, beam).unwrap(), other.search(None, &queries, 10, beam).unwrap());
+    assert_eq!(found, same, "any number of threads");
+    let before = recall(&index, &queries, 10, beam);
+    index.compact(&pool(2), None).unwrap();
+    let after = recall(&index, &queries, 10, beam);
+    assert!(before >= after - 0.03, "{before} in small batches, {after} packed at once");
 }
 
 #[test]

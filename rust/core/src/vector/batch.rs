@@ -48,13 +48,13 @@ impl Batch {
         batch
     }
 
-    /// All live rows of a state but those at `except`, in the order of their positions.
-    pub(super) fn live(config: VectorConfig, state: &State, except: &[usize]) -> Self {
+    /// The live rows of a state from position `from` on but those at `except`, in the order of their positions.
+    pub(super) fn live(config: VectorConfig, state: &State, from: usize, except: &[usize]) -> Self {
         let dim = config.dim;
         let mut batch = Self::default();
         let mut skipped = except.to_vec();
         skipped.sort_unstable();
-        for (position, row) in state.view.rows(0, state.n_rows()) {
+        for (position, row) in state.view.rows(from, state.n_rows()) {
             if skipped.binary_search(&position).is_ok() {
                 continue;
             }
@@ -78,6 +78,13 @@ impl Batch {
         self.ids.extend(other.ids);
         self.rows.extend(other.rows);
         self.norms.extend(other.norms);
+    }
+
+    /// Appends copies of the rows of another batch.
+    pub(super) fn extend(&mut self, other: &Self) {
+        self.ids.extend_from_slice(&other.ids);
+        self.rows.extend_from_slice(&other.rows);
+        self.norms.extend_from_slice(&other.norms);
     }
 
     /// All rows.

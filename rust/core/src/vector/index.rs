@@ -12,6 +12,7 @@ use super::calibrate::Calibration;
 use super::error::{Result, VectorError};
 use super::ids::IdTable;
 use super::metric::Metric;
+use super::regroup::Runs;
 use super::state::State;
 use crate::arena::{PageStore, StoreOptions};
 use crate::forest::Forest;
@@ -285,6 +286,7 @@ impl State {
             ids: Arc::new(IdTable::with_room(0, 0..0)),
             next_id: 0,
             calibration: Arc::new(Calibration::default()),
+            runs: Runs::default(),
             compactions: 0,
         }
     }

@@ -17,6 +17,7 @@ use super::content::{Content, SegmentContent, read};
 use super::error::{Result, VectorError};
 use super::index::VectorIndex;
 use super::metric::check_stored_rows;
+use super::regroup::Runs;
 use super::state::{Block, State};
 use crate::arena::{Lease, PageStore};
 use crate::config::SEGMENT_TOKENS;
@@ -173,6 +174,8 @@ fn finish(
         n_live,
         centred: content.centred,
         next_id: content.next_id,
+        // A file does not say how its rows came.
+        runs: Runs::packed(sealed),
         compactions: content.compactions,
         mean: content.mean.into(),
         calibration: Arc::new(content.calibration),

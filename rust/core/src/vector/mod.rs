@@ -8,6 +8,8 @@
 //! * **metrics**: every metric is a score `larger = closer` on stored rows (`metric`), rows are stored centred;
 //! * **order**: a bulk addition is sorted by balanced bisection first, then rows move to the nearest region (`refine`), so
 //!   that the 1024 rows of a segment are near each other (`order`); a sequence of attention keys has that locality by itself, a table of vectors has not;
+//! * **regrouping**: rows that came in small batches lie anywhere; once there are enough of them they are taken back and
+//!   added again as one bulk addition (`regroup`);
 //! * **codes**: from 4096 rows of dim 32 on, rows are scored by 4-bit codes first (`axes`, `book`, `codes`), pages ranked by
 //!   what they promise (`promise`), and only the best rows read (`coded`); one codebook per index, never stored in files;
 //! * **effort**: below that, a search visits pages until the rows it has not seen are expected to hold next to nothing
@@ -44,6 +46,7 @@ mod quantised;
 mod range;
 mod read;
 mod refine;
+mod regroup;
 mod row_ids;
 mod save;
 mod search;

@@ -19,12 +19,12 @@ impl<'a> Progress<'a> {
         Self { report, total }
     }
 
-    /// Reports `done` rows.
+    /// Reports `done` rows; more than there are in all, where others are packed with them, count as all.
     ///
     /// # Errors
     /// If the caller wants to stop: return at once, publish nothing.
     pub(super) fn step(&mut self, done: usize) -> Result<()> {
-        let go_on = self.report.as_mut().is_none_or(|report| report(done, self.total).is_continue());
+        let go_on = self.report.as_mut().is_none_or(|report| report(done.min(self.total), self.total).is_continue());
         if go_on { Ok(()) } else { Err(VectorError::Cancelled) }
     }
 }

@@ -7,6 +7,7 @@ use super::calibrate::Calibration;
 use super::codes::Codes;
 use super::ids::IdTable;
 use super::metric::Metric;
+use super::regroup::Runs;
 use super::row_ids::RowIds;
 use crate::arena::PageStore;
 use crate::config::{PAGE_TOKENS, SEGMENT_PAGES, SEGMENT_TOKENS};
@@ -49,6 +50,8 @@ pub(super) struct State {
     pub(super) next_id: u64,
     /// What searches for a recall go by.
     pub(super) calibration: Arc<Calibration>,
+    /// Which rows lie in segments that are regions.
+    pub(super) runs: Runs,
     /// Times that the rows of removed vectors were reclaimed.
     pub(super) compactions: usize,
 }

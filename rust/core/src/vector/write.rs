@@ -18,6 +18,7 @@ use super::input::{Numbers, Rows};
 use super::metric::{Metric, dot};
 use super::order::{REGION, region_order};
 use super::progress::{Progress, Report};
+use super::regroup::{regroup, regrouping_is_due};
 use super::state::{Block, State};
 use crate::config::SEGMENT_TOKENS;
 use crate::extend::{ExtendRow, extend};
@@ -73,7 +74,7 @@ impl VectorIndex {
         }
         let n_after = state.n_live - replaced.len() + chosen.len();
         if config.center && !state.centred && n_after >= REGION {
-            let mut all = Batch::live(config, &state, &replaced);
+            let mut all = Batch::live(config, &state, 0, &replaced);
             all.append(batch);
             draft.mean = all.take_mean(config).into();
             draft.centred = true;
@@ -134,7 +135,11 @@ impl VectorIndex {
         replaced: &[usize],
         progress: &mut Progress<'_>,
     ) -> Result<()> {
-        let done = append(self.config, pool, forest, &mut draft, batch, replaced, progress);
+        let done = if regrouping_is_due(&draft, batch.len()) {
+            regroup(self.config, pool, forest, &mut draft, batch, replaced, progress)
+        } else {
+            append(self.config, pool, forest, &mut draft, batch, replaced, progress)
+        };
         match done {
             Ok(()) => self.publish(draft),
             Err(_) => *forest = self.state().fork(),
@@ -169,7 +174,7 @@ impl VectorIndex {
         if state.n_live == 0 {
             (draft.mean, draft.centred) = (vec![0.0; self.config.dim].into(), false);
         }
-        self.rebuild(pool, forest, draft, &Batch::live(self.config, state, &[]), progress)
+        self.rebuild(pool, forest, draft, &Batch::live(self.config, state, 0, &[]), progress)
     }
 
     /// Packs the live rows again when a third of all rows is dead.
@@ -185,7 +190,7 @@ impl VectorIndex {
 }
 
 /// Appends a batch to forest and state, the part beyond the next segment boundary in the order of `region_order`.
-fn append(
+pub(super) fn append(
     config: VectorConfig,
     pool: &ThreadPool,
     forest: &Forest,
@@ -203,6 +208,9 @@ fn append(
         (0..fill).chain(order.iter().map(|&row| fill + row as usize)).collect()
     };
     append_ordered(config, pool, forest, state, batch, &order, progress)?;
+    if n >= fill + 2 * REGION {
+        state.runs.note(first, forest.len());
+    }
     if !replaced.is_empty() {
         forest.remove(replaced)?;
         state.view = forest.heads()[0].view();
