@@ -11,6 +11,9 @@ Estimates make room for what they do not know, so their sums are too large, and 
 show by how much. The `n_pages` candidates with the largest weights go to the table, in ascending order of slots; zeros
 follow. A unit that is read whole gives all its pages, as many as there are places: the caller makes sure that they are
 candidates.
+
+Afterwards, if asked, `logits` says what a unit has left: minus infinity for pages in the table, and for other
+candidates what they hold, on the scale of the estimates (log-sum-exp plus log (guess / known), at least 0).
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def weights_of(
     G: tl.constexpr,
     GP: tl.constexpr,
 ):
-    """Weights [CP] of candidates, their masses [CP, GP] over exp(top), `top` [GP], and totals [GP] over exp(top)."""
+    """Weights [CP] of candidates, `exact` and masses over exp(top) [CP, GP]; `top`, totals over it, and excess [GP]."""
     g = tl.arange(0, GP)
     pair = there[:, None] & (g < G)[None, :]
     exact = tl.load(exact_ptr + (u * n_candidates + c)[:, None] * G + g[None, :], mask=pair, other=float("-inf"))
@@ -50,10 +53,12 @@ def weights_of(
     guessed = tl.sum(tl.exp(guess - top[None, :]), 0)
     # What the estimates of the candidates leave of the whole; rounding must not make it negative.
     rest = tl.maximum(tl.exp(lse - top) - guessed, 0.0)
-    rest *= tl.where(guessed > known, known / tl.where(guessed > known, guessed, 1.0), 1.0)
+    share = tl.where(guessed > known, known / tl.where(guessed > known, guessed, 1.0), 1.0)
+    rest *= share
     total = known + tl.where(whole != 0, 0.0, rest)
     weight = tl.sum(mass / tl.where(total == 0.0, 1.0, total)[None, :], 1)
-    return weight, mass, top, total
+    excess = -tl.log(tl.where(share > 0.0, share, 1.0))
+    return weight, exact, mass, top, total, excess
 
 
 @triton.jit
@@ -76,6 +81,7 @@ def _page_pick_kernel(
     GP: tl.constexpr,
     CP: tl.constexpr,
     KP: tl.constexpr,
+    LEAVES: tl.constexpr,
 ):
     """One program per unit."""
     u = tl.program_id(0).to(tl.int64)
@@ -86,7 +92,7 @@ def _page_pick_kernel(
     there = c < count
     slot = tl.load(chosen_ptr + u * n_candidates + c, mask=there, other=0)
     word = tl.load(words_ptr + u * n_slots + slot, mask=there, other=0)
-    weight, mass, top, total = weights_of(
+    weight, exact, mass, top, total, excess = weights_of(
         exact_ptr, logits_ptr, lse_ptr, u, c, slot, there, n_slots, n_candidates, whole, G, GP
     )
     bits = tl.maximum(weight.to(tl.int32, bitcast=True), 1)
@@ -100,13 +106,17 @@ def _page_pick_kernel(
     tl.store(table_ptr + u * n_places + k, none, mask=unused)
     tl.store(host_table_ptr + u * n_places + place, word, mask=taken)
     tl.store(host_table_ptr + u * n_places + k, none, mask=unused)
+    if LEAVES:
+        left = tl.where(taken[:, None], float("-inf"), exact + excess[None, :])
+        logit_ptr = logits_ptr + (u * G + g)[None, :] * n_slots + slot[:, None]
+        tl.store(logit_ptr, left, mask=there[:, None] & (g < G)[None, :])
     kept = tl.sum(tl.where(taken[:, None], mass, 0.0), 0)
     out_ptr = host_lse_ptr + (u * G + g) * 2
     tl.store(out_ptr, top + tl.log(total), mask=g < G)
     tl.store(out_ptr + 1, top + tl.log(kept), mask=g < G)
 
 
-@torch.library.custom_op("icecache::page_pick", mutates_args=("table", "host_table", "host_lse"))
+@torch.library.custom_op("icecache::page_pick", mutates_args=("logits", "table", "host_table", "host_lse"))
 def _page_pick(
     exact: torch.Tensor,
     logits: torch.Tensor,
@@ -119,6 +129,7 @@ def _page_pick(
     host_table: torch.Tensor,
     host_lse: torch.Tensor,
     n_pages: int,
+    leaves: bool,
 ) -> None:
     units, n_candidates, g = exact.shape
     places = table.numel() // units
@@ -141,6 +152,7 @@ def _page_pick(
         GP=triton.next_power_of_2(g),
         CP=triton.next_power_of_2(n_candidates),
         KP=triton.next_power_of_2(places),
+        LEAVES=leaves,
         num_warps=1 if n_candidates <= 64 else 4,  # one warp counts without waiting for others
     )
 
@@ -158,6 +170,7 @@ def _(
     host_table: torch.Tensor,
     host_lse: torch.Tensor,
     n_pages: int,
+    leaves: bool,
 ) -> None:
     return None
 
@@ -175,6 +188,7 @@ def page_pick(
     host_lse: torch.Tensor,
     *,
     n_pages: int,
+    leaves: bool = False,
 ) -> None:
     """Fill the page table; see the module docstring.
 
@@ -192,6 +206,8 @@ def page_pick(
         infinity. A query that is not finite gives NaN.
     n_pages : int
         Pages to choose, at most K.
+    leaves : bool, default=False
+        Whether to write what is left into `logits`.
 
     Raises
     ------
@@ -219,7 +235,7 @@ def page_pick(
     if not 1 <= n_pages <= places:
         msg = f"n_pages: expected 1 to {places} places, got {n_pages}"
         raise ValueError(msg)
-    _page_pick(exact, logits, lse, words, chosen, counts, whole, table, host_table, host_lse, n_pages)
+    _page_pick(exact, logits, lse, words, chosen, counts, whole, table, host_table, host_lse, n_pages, leaves)
 
 
 def page_pick_ref(

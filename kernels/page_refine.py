@@ -132,7 +132,7 @@ def _page_narrow_kernel(
     c = tl.arange(0, CP)
     there = c < tl.load(counts_ptr + u)
     slot = tl.load(chosen_ptr + u * n_candidates + c, mask=there, other=0)
-    weight, _mass, _top, _total = weights_of(
+    weight, _exact, _mass, _top, _total, _excess = weights_of(
         fine_ptr, logits_ptr, lse_ptr, u, c, slot, there, n_slots, n_candidates, tl.full([], 0, tl.int32), G, GP
     )
     taken = choose(tl.where(there, tl.maximum(weight.to(tl.int32, bitcast=True), 1), 0), n_kept)

@@ -7,6 +7,9 @@ K places in the page table, S splits of the tokens, P = 16 tokens in a page.
     lse[b, h, g] = log sum_i exp(logit_i)                             natural logarithm
     logit_i      = scale * q[b, h, g] . k_i, through cap * tanh(. / cap) if there is a soft cap
 
+Pages that are not read may be estimated: with the log-sum-exps of all and of the chosen pages and the output that the
+others would give, they count as one more token of logit ``log(exp(all) - exp(chosen))`` and that value.
+
 A head without a single live token gets out = 0 and lse = -inf, so that it drops out of a merge by log-sum-exp.
 
 A page is named by one int64 word: its address in the low 48 bits, bit ``48 + s`` set if slot ``s`` is live; 0 is no
@@ -59,6 +62,8 @@ def _paged_decode_kernel(
     near_v_ptr,  # [B, H, C, E]
     bounds_ptr,  # [B, 3] int32: columns 0 .. sink and start .. stop of the near buffer are live
     table_ptr,  # [B, H, K] int64, see the module docstring
+    unread_lse_ptr,  # [B, H, G, 2] float32; may be registered host memory
+    unread_out_ptr,  # [B, H, G, E] float32
     out_ptr,  # [B, H, S, G, E] float32
     lse_ptr,  # [B, H, S, G] float32, natural logarithm
     n_heads,  # H
@@ -74,6 +79,7 @@ def _paged_decode_kernel(
     scale,
     softcap,
     HAS_CAP: tl.constexpr,
+    HAS_UNREAD: tl.constexpr,  # the last split is the estimate
     K_OFFSET: tl.constexpr,  # elements from a page's address to its first key; constants, so that loads are wide
     K_ROW: tl.constexpr,  # elements from key to key
     V_OFFSET: tl.constexpr,
@@ -134,8 +140,20 @@ def _paged_decode_kernel(
 
     safe = tl.where(denominator == 0.0, 1.0, denominator)
     lse = tl.where(denominator == 0.0, float("-inf"), (m + tl.log2(safe)) / 1.4426950408889634)
+    out = acc / safe[:, None]
+    if HAS_UNREAD:
+        last = 0 * g + split == n_splits - 1  # [GP]
+        pair_ptr = unread_lse_ptr + (bh * G + g) * 2
+        total = tl.load(pair_ptr, mask=last & (g < G), other=float("-inf"))
+        chosen = tl.load(pair_ptr + 1, mask=last & (g < G), other=float("-inf"))
+        known = total != float("-inf")  # or the difference below is not a number
+        rest = tl.log(1.0 - tl.exp(tl.minimum(tl.where(known, chosen - total, 0.0), 0.0)))
+        lse = tl.where(last, tl.where(known, total + rest, total), lse)
+        estimate_ptr = unread_out_ptr + (bh * G + g)[:, None] * E + e[None, :]
+        # The last split has read no token, the others read no estimate.
+        out += tl.load(estimate_ptr, mask=(last & (g < G))[:, None] & (e < E)[None, :], other=0.0)
     row = (bh * n_splits + split) * G + g
-    tl.store(out_ptr + row[:, None] * E + e[None, :], acc / safe[:, None], mask=(g < G)[:, None] & (e < E)[None, :])
+    tl.store(out_ptr + row[:, None] * E + e[None, :], out, mask=(g < G)[:, None] & (e < E)[None, :])
     tl.store(lse_ptr + row, lse, mask=g < G)
 
 
@@ -152,10 +170,12 @@ def _paged_decode_splits(
     near_splits: int,
     page_splits: int,
     num_warps: int,
+    unread_lse: torch.Tensor | None,
+    unread_out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     b, h, g, d = q.shape
     value_dim, n_places = near_values.shape[3], table.shape[2]
-    splits = near_splits + page_splits
+    splits = near_splits + page_splits + (unread_lse is not None)
     out = torch.empty(b, h, splits, g, value_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(b, h, splits, g, dtype=torch.float32, device=q.device)
     k_offset, k_row, v_offset, v_row = page_strides
@@ -165,6 +185,8 @@ def _paged_decode_splits(
         near_values,
         bounds,
         table,
+        q if unread_lse is None else unread_lse,  # something that is there: it is not looked at
+        q if unread_out is None else unread_out,
         out,
         lse,
         h,
@@ -176,6 +198,7 @@ def _paged_decode_splits(
         scale,
         softcap,
         HAS_CAP=softcap > 0.0,
+        HAS_UNREAD=unread_lse is not None,
         K_OFFSET=k_offset,
         K_ROW=k_row,
         V_OFFSET=v_offset,
@@ -210,9 +233,11 @@ def _(
     near_splits: int,
     page_splits: int,
     num_warps: int,
+    unread_lse: torch.Tensor | None,
+    unread_out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     b, h, g, _ = q.shape
-    shape = (b, h, near_splits + page_splits, g)
+    shape = (b, h, near_splits + page_splits + (unread_lse is not None), g)
     return q.new_empty(*shape, near_values.shape[3], dtype=torch.float32), q.new_empty(*shape, dtype=torch.float32)
 
 
@@ -228,6 +253,7 @@ def paged_decode(
     page_strides: tuple[int, int, int, int] | None = None,
     page_splits: int | None = None,
     num_warps: int = 4,
+    unread: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to near tokens and pages; see the module docstring for the formula.
 
@@ -250,13 +276,16 @@ def paged_decode(
         value. Default: 16 keys, then 16 values.
     page_splits : int, optional
         Programs that share the table of one head. Default: one a place, at most `MAX_PAGE_SPLITS`.
+    unread : tuple of torch.Tensor, optional
+        Estimate of what is not read: ``(B, H, G, 2)`` float32, log-sum-exp of the logits of all pages and of those in
+        the table (may be registered host memory), and ``(B, H, G, E)`` float32, what the others would give. Contiguous.
 
     Returns
     -------
     out : torch.Tensor
         ``(B, H, G, E)`` in the dtype of `q`.
     lse : torch.Tensor
-        ``(B, H, G)`` float32, natural logarithm; ``-inf`` where nothing was attended.
+        ``(B, H, G)`` float32, natural logarithm, the estimate included; ``-inf`` where nothing was attended.
 
     Raises
     ------
@@ -269,6 +298,8 @@ def paged_decode(
     not checked: whoever fills the table answers for them.
     """
     _check(q, near_keys, near_values, bounds, table)
+    if unread is not None:
+        _check_unread(q, near_values.shape[3], *unread)
     n_places, n_columns = table.shape[2], near_keys.shape[2]
     splits = min(n_places, MAX_PAGE_SPLITS) if page_splits is None else min(page_splits, n_places)
     near_blocks = triton.cdiv(max(n_columns, 1), _near_block(q, near_values))
@@ -276,7 +307,18 @@ def paged_decode(
     d, value_dim = q.shape[3], near_values.shape[3]
     strides = page_strides or (0, d, PAGE_TOKENS * d, value_dim)
     out, lse = _paged_decode_splits(
-        q, near_keys, near_values, bounds, table, scale, softcap or 0.0, list(strides), near_splits, splits, num_warps
+        q,
+        near_keys,
+        near_values,
+        bounds,
+        table,
+        scale,
+        softcap or 0.0,
+        list(strides),
+        near_splits,
+        splits,
+        num_warps,
+        *(unread or (None, None)),
     )
     return merge_splits(out, lse, q.dtype)
 
@@ -309,6 +351,7 @@ def paged_decode_ref(
     scale: float,
     *,
     softcap: float | None = None,
+    unread: tuple[torch.Tensor, torch.Tensor] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Plain torch version of `paged_decode`, computed in `dtype`.
@@ -338,7 +381,20 @@ def paged_decode_ref(
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~live, float("-inf"))
     values = torch.where(live.transpose(-1, -2), values, 0.0)  # a dead slot may hold anything, and 0 * inf is NaN
+    if unread is not None:
+        total, chosen = unread[0].to(q.device, dtype).unbind(-1)
+        logits = torch.cat([logits, (total.exp() - chosen.exp()).clamp(min=0.0).log()[..., None]], -1)
+        weights = torch.softmax(logits, -1).nan_to_num(0.0)
+        return weights[..., :-1] @ values + weights[..., -1:] * unread[1].to(dtype), torch.logsumexp(logits, -1)
     return torch.softmax(logits, -1).nan_to_num(0.0) @ values, torch.logsumexp(logits, -1)
+
+
+def _check_unread(q: torch.Tensor, value_dim: int, lse: torch.Tensor, out: torch.Tensor) -> None:
+    b, h, g, _ = q.shape
+    for name, tensor, shape in (("lse", lse, (b, h, g, 2)), ("out", out, (b, h, g, value_dim))):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+            msg = f"unread {name}: expected contiguous float32 {shape}, got {tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(msg)
 
 
 def _check(

@@ -59,9 +59,9 @@ class IceConfig:
         them, so both get cheaper; what is read gets worse, the more the less the layers attend alike. 1 to 64.
     estimate_unread : bool, default=False
         Add to the output of attention an estimate of the pages that are not read: each page's estimated share of the
-        softmax times its mean value, which takes a byte per page and element of a value on the host. False: they are
-        left out, and the tokens that are read share all of the softmax, as in most published methods. Steps run op by
-        op then, with a warning on a GPU. Needs ``reuse=1``; policies that do not search pages have nothing to estimate.
+        softmax times its mean value, which takes a byte per page and element of a value on the host and half a byte
+        on the device. False: they are left out, and the tokens that are read share all of the softmax, as in most
+        published methods. Needs ``reuse=1``; policies that do not search pages have nothing to estimate.
     dense_layers : tuple of int, default=()
         Layers that keep an ordinary dense KV cache; in a CUDA graph with room for an eighth more tokens.
     dense_below : int, default=1024

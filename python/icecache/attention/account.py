@@ -33,7 +33,8 @@ class Read:
     near_counts : tuple of int
         Near tokens of each row.
     attended : torch.Tensor or None
-        (S, R, H, G), on the device: log-sum-exp over everything attended. None: the mass of this step is not estimated.
+        (S, R, H, G), on the device: log-sum-exp over everything attended or estimated. None: the mass of this step is
+        not estimated.
     """
 
     shape: StepShape
@@ -77,4 +78,6 @@ def count_read(services: Services, read: Read) -> None:
     recorder.bytes_to_device += n_pages * PAGE_TOKENS * (shape.key_dim + shape.value_dim) * shape.dtype.itemsize
     recorder.attended(read.tokens().repeat(sizes, axis=0) + np.array(read.near_counts)[:, None])
     if read.attended is not None:
-        add_mass(services, shape.device, kept_sum(read.attended, read.lse), read.attended.numel())
+        add_mass(
+            services, shape.device, kept_sum(read.attended, read.lse, with_rest=shape.estimates), read.attended.numel()
+        )

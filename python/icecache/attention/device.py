@@ -52,6 +52,8 @@ class StepShape:
     """Numbers of these layers in the model; empty: all there are, in order."""
     static: tuple[StaticShape, ...] = ()
     """The layers without pages."""
+    estimates: bool = False
+    """Whether pages that are not read are estimated; not where layers share pages."""
 
     def number(self, layer: int) -> int:
         """Give the number in the model of the `layer`-th layer with pages."""
@@ -229,5 +231,6 @@ class DeviceStep:
             scaling,
             softcap=softcap,
             page_strides=shape.page_strides(layer),
+            unread=None if self.finder is None else self.finder.unread(group),
         )
         return out.reshape(shape.n_rows, 1, -1, shape.value_dim)

@@ -77,7 +77,7 @@ class DeviceSearch:
         Most bytes of summaries of a step.
     """
 
-    waits = False
+    waits, estimates = False, True
 
     def __init__(self, services: Services, *, bits: int | None = None, limit_bytes: int | None = None) -> None:
         self._services, self._bits, self._limit = services, bits, limit_bytes

@@ -58,10 +58,12 @@ class FinderShape:
     def nbytes(self, step: StepShape) -> int:
         """Bytes on the device."""
         from icecache.kernels.page_codes import slot_bytes
+        from icecache.kernels.page_values import value_bytes
 
         units = step.n_rows * step.n_kv_heads
         scratch = units * (step.group * (4 * self.n_slots + 8 * (self.n_slots // 64 + 1)))
-        return step.n_searches * units * self.n_slots * slot_bytes(self.bits, step.key_dim) + scratch
+        of_slot = slot_bytes(self.bits, step.key_dim) + (value_bytes(step.value_dim) if step.estimates else 0)
+        return step.n_searches * units * self.n_slots * of_slot + scratch
 
     def host_bytes(self, step: StepShape) -> int:
         """Bytes of host memory that the device reads and writes."""
@@ -90,6 +92,7 @@ class PageFinder:
         from icecache.kernels.page_codes import empty_codes, rotation_matrix
         from icecache.kernels.page_scan import n_parts
         from icecache.kernels.page_select import select_scratch
+        from icecache.kernels.page_values import empty_values
 
         self.step, self.shape = step, shape
         searches, rows, heads, group, dim = step.n_searches, step.n_rows, step.n_kv_heads, step.group, step.key_dim
@@ -103,6 +106,8 @@ class PageFinder:
             n_slots = searches * units * shape.n_slots
             fine = None if shape.bits == 2 else _second_bits(lend, n_slots, dim)
             self.codes = empty_codes(n_slots, dim, device, fine)
+            self.values = empty_values(n_slots, step.value_dim, device) if step.estimates else None
+            self._unread: torch.Tensor | None = None
             self._rotation = rotation_matrix(dim, device)
             self._like = torch.zeros(1, dtype=step.dtype, device=device)
             self._units = ints(2, searches, units)
@@ -128,7 +133,8 @@ class PageFinder:
     def nbytes(self) -> int:
         """Bytes on the device, most of them summaries."""
         scratch = (self._unit, self._logits, self._parts, self._exact, self._rotation, self._extents, self._chosen)
-        return self.codes.nbytes() + sum(t.nbytes for t in scratch)
+        values = 0 if self.values is None else self.values.nbytes()
+        return self.codes.nbytes() + values + sum(t.nbytes for t in scratch)
 
     def reset(self) -> None:
         """Forget all pages."""
@@ -152,6 +158,7 @@ class PageFinder:
             bool (S * U,): units of which all pages are read.
         """
         from icecache.kernels.page_codes import page_codes
+        from icecache.kernels.page_values import page_values
 
         for first in range(0, len(slots), _UPLOAD):
             n = len(slots[first : first + _UPLOAD])
@@ -159,7 +166,10 @@ class PageFinder:
             named[0, :n], named[1, :n] = slots[first : first + n], words[first : first + n]
             # More than one piece is rare: each waits for the one before, whose names lie in the same memory.
             self._named.copy_(self._host_named, non_blocking=len(slots) <= _UPLOAD)
-            page_codes(self.codes, self._named[0, :n], self._named[1, :n], self._rotation, self._like)
+            changed = self._named[0, :n], self._named[1, :n]
+            page_codes(self.codes, *changed, self._rotation, self._like)
+            if self.values is not None:
+                page_values(self.values, *changed, self._like, key_dim=self.step.key_dim)
         units = self._host_units.numpy()
         units[0], units[1] = extents.reshape(units.shape[1:]), whole.reshape(units.shape[1:])
         self._units.copy_(self._host_units, non_blocking=True)
@@ -181,6 +191,7 @@ class PageFinder:
         from icecache.kernels.page_refine import page_refine
         from icecache.kernels.page_scan import SLOT_BLOCK, page_scan
         from icecache.kernels.page_select import page_select
+        from icecache.kernels.page_unread import page_unread
         from icecache.kernels.rotate_queries import rotate_queries
 
         size = self._extents.shape[1] * self.shape.n_slots
@@ -209,7 +220,18 @@ class PageFinder:
             self.host_table[search],
             self.host_lse[search],
             n_pages=self.shape.n_pages,
+            leaves=self.values is not None,
         )
+        if self.values is not None:
+            values = self.values.part(search * size, (search + 1) * size)
+            self._unread = page_unread(logits, extents, values, self.step.n_rows)
+
+    def unread(self, search: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Estimate of the pages that `search`, the last one, has not chosen, for `paged_decode`; None: not asked for.
+
+        The log-sum-exps lie in the host's memory, which the device reads while it waits for pages from there anyway.
+        """
+        return None if self._unread is None else (self.host_lse[search], self._unread)
 
 
 def _second_bits(lend: Lend | None, n_slots: int, dim: int) -> torch.Tensor:

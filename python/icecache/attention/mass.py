@@ -13,7 +13,7 @@ import torch
 from icecache.select import Services
 
 
-def kept_sum(attended: torch.Tensor, lse: npt.NDArray[np.float32]) -> torch.Tensor:
+def kept_sum(attended: torch.Tensor, lse: npt.NDArray[np.float32], *, with_rest: bool = False) -> torch.Tensor:
     """Sum of the shares.
 
     Parameters
@@ -22,8 +22,13 @@ def kept_sum(attended: torch.Tensor, lse: npt.NDArray[np.float32]) -> torch.Tens
         float32 (...): log-sum-exp over everything attended.
     lse : numpy.ndarray
         float32 (..., 2): log-sum-exp over all pages (estimate), and over the chosen ones.
+    with_rest : bool, default=False
+        Whether `attended` counts the pages that are not chosen, too.
     """
-    return torch.sigmoid(attended - unread_lse(lse).to(attended.device)).sum()
+    rest = unread_lse(lse).to(attended.device)
+    if with_rest:
+        return (1.0 - torch.exp((rest - attended).clamp(max=0.0))).sum()
+    return torch.sigmoid(attended - rest).sum()
 
 
 def unread_lse(lse: npt.NDArray[np.float32]) -> torch.Tensor:

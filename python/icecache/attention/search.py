@@ -43,7 +43,7 @@ class EngineSearch:
         Of the runtime; the memory of its stores must be page-locked when a step is made for a CUDA device.
     """
 
-    waits = True
+    waits, estimates = True, False
 
     def __init__(self, start: Callable[[], _core.Engine], services: Services) -> None:
         self._start, self._services = start, services

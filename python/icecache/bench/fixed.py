@@ -23,7 +23,7 @@ class FixedPages:
         Of the choice.
     """
 
-    waits = False
+    waits, estimates = False, False
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)

@@ -44,6 +44,8 @@ class Search(Protocol):
 
     waits: bool
     """Whether the device waits for the host within a step: then nothing may be allocated or loaded beside it."""
+    estimates: bool
+    """Whether pages that are not chosen can be estimated."""
 
     def mailbox(self, shape: StepShape) -> MailboxTensors | None:
         """Make a mailbox for steps of this shape; None: the table is filled by somebody else.
@@ -316,6 +318,7 @@ class GraphDecoder:
             dtype=keys.dtype,
             device=keys.device,
             shared=shared,
+            estimates=self.engine.services.stores.value_means and self.search.estimates,
         )
 
     def _step_of(self, request: Request) -> DeviceStep:
@@ -351,8 +354,8 @@ def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
         reason = "triton is not installed"
     elif "forward" in model.__dict__:
         reason = "something else has replaced model.forward"
-    elif engine.config.estimate_unread:
-        reason = "pages that are not read (estimate_unread) are estimated by the host"
+    elif engine.config.estimate_unread and engine.config.search == "cpu":
+        reason = "search workers do not estimate pages that are not read (estimate_unread), search='gpu' does"
     elif engine.config.search == "cpu" and _core.default_workers() == 0:
         reason = "too few cores for workers that poll; 4 are the least"
     if reason is not None:
@@ -366,4 +369,5 @@ def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
     if config.search == "cpu":
         return GraphDecoder(model, engine, on_host())
     search = DeviceSearch(services, bits=config.search_bits, limit_bytes=config.search_memory)
-    return GraphDecoder(model, engine, search, fallback=on_host if _core.default_workers() else None)
+    falls_back = _core.default_workers() > 0 and not config.estimate_unread
+    return GraphDecoder(model, engine, search, fallback=on_host if falls_back else None)

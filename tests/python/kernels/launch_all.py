@@ -58,7 +58,8 @@ HEADS, PAGES = 2, 5
 
 def step_shape(case: Case) -> StepShape:
     """Of one layer."""
-    return StepShape(1, case.rows, HEADS, case.group, case.dim, case.dim, 2 * PAGES + 2, 65, case.dtype, DEVICE)
+    sizes = 1, case.rows, HEADS, case.group, case.dim, case.dim, 2 * PAGES + 2, 65
+    return StepShape(*sizes, case.dtype, DEVICE, estimates=case.slots != 64)
 
 
 def decode_step(case: Case) -> None:

@@ -30,11 +30,14 @@ class Case:
             exact[unit, : len(slots)] = self.scores[unit, slots]
         lse = torch.logsumexp(self.logits, -1)
         counts, whole = (torch.tensor(x, dtype=torch.int32) for x in ([len(c) for c in self.candidates], self.whole))
-        inputs = (exact, self.logits, lse, self.words.flatten(), chosen, counts, whole)
+        left = self.logits.clone()
+        inputs = (exact, left, lse, self.words.flatten(), chosen, counts, whole)
         table = torch.full((1, 2, self.n_places), -7, dtype=torch.int64, device=DEVICE)
         host_table = torch.full_like(table, -7)
         host_lse = torch.full((1, 2, group, 2), torch.nan, device=DEVICE)
-        page_pick(*(x.to(DEVICE) for x in inputs), table, host_table, host_lse, n_pages=n_pages)
+        on_device = [x.to(DEVICE) for x in inputs]
+        page_pick(*on_device, table, host_table, host_lse, n_pages=n_pages, leaves=True)
+        self.left = on_device[1].cpu()
         assert torch.equal(table, host_table)
         rows = [[word for word in row.tolist() if word] for row in table[0]]
         for row, taken in zip(table[0].tolist(), rows, strict=True):
@@ -49,6 +52,17 @@ def test_pages_with_the_most_mass_are_taken(group, n_pages):
     expected, sums = page_pick_ref(case.scores.double(), case.logits.double(), case.candidates, n_pages)
     assert taken == expected
     assert torch.allclose(lse.double(), sums, atol=1e-4)
+    # What is left of the logits is, up to a factor of the head, what the totals leave to pages that are not taken.
+    for unit, slots in enumerate(case.candidates):
+        assert (case.left[unit][:, taken[unit]] == float("-inf")).all()
+        others = sorted(set(slots) - set(taken[unit]))
+        guess, known = (torch.logsumexp(x[unit].double()[:, slots], -1) for x in (case.logits, case.scores.mT))
+        excess = (guess - known).clamp(min=0.0)
+        assert torch.allclose(
+            case.left[unit][:, others].double(), case.scores[unit, others].T + excess[:, None], atol=1e-4
+        )
+        untouched = [n for n in range(90) if n not in slots]
+        assert torch.equal(case.left[unit][:, untouched], case.logits[unit][:, untouched])
 
 
 def test_a_unit_that_is_read_whole_gives_all_its_pages():

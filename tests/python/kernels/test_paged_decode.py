@@ -66,6 +66,25 @@ def test_a_soft_cap_is_applied_to_the_scaled_logits():
     _assert_accurate(_run(case, 0.5, softcap=3.0), case, 0.5, softcap=3.0)
 
 
+@pytest.mark.parametrize("k", [0, 3])
+def test_an_estimate_of_unread_pages_counts_as_one_more_token(k):
+    case = _case(k=k)
+    generator = torch.Generator().manual_seed(1)
+    total = 3 + torch.randn(2, 2, 4, generator=generator)
+    pair = torch.stack([total, total - torch.rand(2, 2, 4, generator=generator)], -1)
+    pair[0, 0, 0] = 2.5  # nothing is left
+    pair[0, 0, 1] = torch.tensor([1.0, 1.0 + 1e-6])  # less than nothing, by rounding
+    pair[1, 1, 3] = float("-inf")  # there are no pages
+    pair[1, 0, 2, 1] = float("-inf")  # no page was read
+    unread = pair.to(DEVICE), torch.randn(2, 2, 4, 64, generator=generator).to(DEVICE)
+    _assert_accurate(_run(case, 0.125, unread=unread), case, 0.125, unread=unread)
+    plain, some = _run(case, 0.125), _run(case, 0.125, unread=unread)
+    for head in ((0, 0, 0), (0, 0, 1), (1, 1, 3)):
+        torch.testing.assert_close(some[0][head], plain[0][head], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="unread out"):
+        _run(case, 0.125, unread=(unread[0], unread[1][..., :32]))
+
+
 def test_without_pages_the_near_tokens_are_attended():
     case = _case(k=0)
     _assert_accurate(_run(case, 0.125), case, 0.125)
@@ -163,8 +182,10 @@ def test_a_wrong_argument_is_named(change, name):
 
 def test_the_operator_and_its_fake_agree():
     q, near, paged = _case()
-    arguments = (q, *near, page_words(*paged), 0.125, 0.0, [0, 64, 1024, 64], 2, 5, 2)
-    torch.library.opcheck(_paged_decode_splits, arguments, test_utils=("test_schema", "test_faketensor"))
+    unread = torch.zeros(2, 2, 4, 2, device=DEVICE), torch.zeros(2, 2, 4, 64, device=DEVICE)
+    for estimate in ((None, None), unread):
+        arguments = (q, *near, page_words(*paged), 0.125, 0.0, [0, 64, 1024, 64], 2, 5, 2, *estimate)
+        torch.library.opcheck(_paged_decode_splits, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.gpu

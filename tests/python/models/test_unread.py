@@ -1,4 +1,4 @@
-"""`estimate_unread`: pages that are not read count by their mean values."""
+"""`estimate_unread`: pages that are not read count by their mean values, on the host and on a device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from icecache import IceRuntime
 from icecache.errors import CacheStateError, ConfigError
-from test_device_search import DEVICE, SMALL, steps
+from test_device_search import DEVICE, SMALL, steps, with_device_search
 from tiny import build, prompt
 from transformers import DynamicCache
 
@@ -28,17 +28,38 @@ def error(got, expected):
     return float((got - expected).norm() / expected.norm())
 
 
-def test_estimates_bring_steps_nearer_to_full_attention():
+@pytest.fixture(scope="module")
+def flat():
+    """Model whose attention is as flat as in the first layers of trained ones, a text, and full attention's logits."""
     model, ids = build("llama").to(DEVICE), prompt(1, N_ALL).to(DEVICE)
-    for layer in model.model.layers:  # attention as flat as it is in the first layers of trained models
+    for layer in model.model.layers:
         layer.self_attn.q_proj.weight.data *= 0.03
-    full, errors, masses = dense(model, ids), [], []
+    return model, ids, dense(model, ids)
+
+
+def test_estimates_bring_steps_nearer_to_full_attention(flat):
+    model, ids, full = flat
+    errors, masses = [], []
     for settings in (SMALL, ESTIMATE):
         with IceRuntime.wrap(model, **settings) as runtime:
             errors.append(error(steps(runtime, ids, N_PROMPT, N_ALL)[0], full))
             masses.append(runtime.stats().mass_kept)
     assert errors[1] < errors[0] / 3
     assert masses[1] == pytest.approx(masses[0], abs=0.05), "what is estimated is not attended"
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_a_device_estimates_what_the_host_does(flat, bits):
+    """Its mean values have 4 bits, its weights come from 1 or 2 bits an element: within .3 of the logits' norm."""
+    model, ids, _ = flat
+    with IceRuntime.wrap(model, **ESTIMATE) as runtime:
+        on_host, mass = steps(runtime, ids, N_PROMPT, N_ALL)[0], runtime.stats().mass_kept
+        runtime.reset_stats()
+        search = with_device_search(runtime, bits=bits)
+        on_device = steps(runtime, ids, N_PROMPT, N_ALL)[0]
+        assert search.steps == N_ALL - N_PROMPT
+        assert runtime.stats().mass_kept == pytest.approx(mass, abs=0.02)
+    assert error(on_device, on_host) < 0.3
 
 
 def test_a_budget_that_covers_the_context_leaves_nothing_to_estimate():
