@@ -224,6 +224,7 @@ def test_unread_pages_are_estimated_by_their_mean_values(n, softcap):
     _core.extend(_core.Pool(1), [grown], [more], [more])
     both = [np.concatenate([old, more], axis=1) for old in (keys, values)]
     for tree, rows in ((forest, (keys, values)), (cropped, (keys[:, : n // 2], values[:, : n // 2])), (grown, both)):
+        tree.validate()
         found = _core.search(_core.Pool(1), [tree], queries, 9, **options)
         expected, largest = the_average_of_unread_pages(*rows, queries[0], tree, found, softcap)
         # An int8 mean is off by half a level of its largest element.
