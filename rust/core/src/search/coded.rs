@@ -93,12 +93,10 @@ impl CodedQueries {
         let (scales, ln_counts) = (entry.segment.summaries.scales.as_chunks().0, entry.ln_counts().as_chunks().0);
         let per_query =
             raw.as_chunks().0.iter().zip(levels.as_chunks().0).zip(quantised.scales.iter().zip(&self.units));
-        for (row, ((products, levels), (&query_scale, &unit))) in out.chunks_mut(stride).zip(per_query) {
+        for (g, ((products, levels), (&query_scale, &unit))) in per_query.enumerate() {
             let (scales, ln_counts) = (&scales[block], &ln_counts[block]);
             let of = Estimates { products, scales, query_scale, levels, steps, unit, ln_counts };
-            if let Some(row) = row.first_chunk_mut() {
-                (sign_kernels().ranks)(of, logit, row);
-            }
+            (sign_kernels().ranks)(of, logit, &mut out[g * stride..][..BLOCK]);
         }
         true
     }

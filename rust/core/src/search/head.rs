@@ -41,7 +41,7 @@ pub(crate) struct Scratch {
     probe: Probe,
     /// `[group, columns]`: logits of the scanned lanes and of the groups left out; later their masses.
     logits: Vec<f32>,
-    /// `[group, scanned lanes]`: logits that pages are ranked by; later their masses.
+    /// `[group, columns]`: logits that scanned lanes are ranked by; later their masses.
     ranking: Vec<f32>,
     /// Estimated mass per scanned lane, summed over the group.
     weights: Vec<f32>,
@@ -141,7 +141,7 @@ pub(crate) fn search_head(
     let stride = n_scanned + probe.n_left;
     // Every column is written: by the scan, and below for the groups left out.
     logits.resize(group * stride, f32::NEG_INFINITY);
-    ranking.resize(group * n_scanned, f32::NEG_INFINITY);
+    ranking.resize(group * stride, f32::NEG_INFINITY);
     // Where all pages are scored from their keys, their order does not matter.
     let ranked = layout.key_codes && n_scanned > options.n_candidates();
     if ranked {
@@ -151,10 +151,10 @@ pub(crate) fn search_head(
     let to = ScanOut { stride, logits, ranking, max };
     if let Some(share) = share {
         parts.scan(share, view, &scan.blocks, forms, to);
-        weigh_shared(share, ranking, n_scanned, weights);
+        weigh_shared(share, ranking, stride, n_scanned, weights);
     } else {
         scan.run(view, forms, to);
-        weigh(ranking, n_scanned, weights);
+        weigh(ranking, stride, n_scanned, weights);
     }
     for (g, left) in probe.left.chunks_exact(probe.n_left.max(1)).enumerate() {
         logits[g * stride + n_scanned..][..probe.n_left].copy_from_slice(left);
@@ -214,10 +214,11 @@ fn rank_lanes(view: &View, scan: &Scan, weights: &[f32], keys: &mut Vec<u64>) {
 
 /// Sums over the heads the mass that each scanned lane may hold, as a share of the head's; `ranking` becomes masses. Only
 /// lanes that compete as candidates count: next to the exact logits of the tail a head would lose its vote.
-fn weigh(ranking: &mut [f32], stride: usize, weights: &mut Vec<f32>) {
+fn weigh(ranking: &mut [f32], stride: usize, n_scanned: usize, weights: &mut Vec<f32>) {
     weights.clear();
-    weights.resize(stride, 0.0);
+    weights.resize(n_scanned, 0.0);
     for ranks in ranking.chunks_exact_mut(stride.max(1)) {
+        let ranks = &mut ranks[..n_scanned];
         if let Some(factor) = shares_of_head(ranks) {
             (kernels().add_scaled)(weights, ranks, factor);
         }
@@ -225,10 +226,10 @@ fn weigh(ranking: &mut [f32], stride: usize, weights: &mut Vec<f32>) {
 }
 
 /// [`weigh`], one head a part.
-fn weigh_shared(share: &dyn Share, ranking: &mut [f32], stride: usize, weights: &mut Vec<f32>) {
+fn weigh_shared(share: &dyn Share, ranking: &mut [f32], stride: usize, n_scanned: usize, weights: &mut Vec<f32>) {
     weights.clear();
-    weights.resize(stride, 0.0);
-    let heads = ranking.chunks_exact_mut(stride.max(1)).map(|ranks| (ranks, None)).collect();
+    weights.resize(n_scanned, 0.0);
+    let heads = ranking.chunks_exact_mut(stride.max(1)).map(|ranks| (&mut ranks[..n_scanned], None)).collect();
     let heads = each(share, heads, |_, (ranks, factor): &mut (&mut [f32], Option<f32>)| {
         *factor = shares_of_head(ranks);
     });
@@ -387,13 +388,13 @@ mod tests {
 
     #[test]
     fn every_head_has_one_vote() {
-        // Two heads, three pages. The second head's logits are far larger.
-        let ranking = [1.0, 0.5, 0.0, 50.0, 51.0, 50.5];
+        // Two heads, three pages, a column that was not scanned. The second head's logits are far larger.
+        let ranking = [1.0, 0.5, 0.0, 90.0, 50.0, 51.0, 50.5, 90.0];
         let (mut masses, mut weights) = (ranking, Vec::new());
-        weigh(&mut masses, 3, &mut weights);
+        weigh(&mut masses, 4, 3, &mut weights);
         let share = |g: usize, p: usize| {
-            let row = ranking[3 * g..][..3].iter().map(|&x| f64::from(x));
-            f64::from(ranking[3 * g + p]).exp() / row.map(f64::exp).sum::<f64>()
+            let row = ranking[4 * g..][..3].iter().map(|&x| f64::from(x));
+            f64::from(ranking[4 * g + p]).exp() / row.map(f64::exp).sum::<f64>()
         };
         for (p, weight) in weights.iter().enumerate() {
             let expected: f64 = (0..2).map(|g| share(g, p)).sum();

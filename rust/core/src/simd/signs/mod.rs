@@ -105,8 +105,8 @@ pub(crate) struct Kernels {
     /// Tables of a turned query, whole codes of it; returns what one step of an entry stands for, and the sum of all
     /// entries' middles. Tables for elements that are not there are left as they are.
     pub(crate) tables: fn(query: &[f32], tables: &mut [u8]) -> (f32, f32),
-    /// Logit of the best key of every page; minus infinity for lanes without one.
-    pub(crate) ranks: fn(estimates: Estimates<'_>, logit: Logit, out: &mut [f32; BLOCK]),
+    /// Logit of the best key of each of 16 pages; minus infinity for lanes without one.
+    pub(crate) ranks: fn(estimates: Estimates<'_>, logit: Logit, out: &mut [f32]),
 }
 
 /// The kernels of the instruction set in use.

@@ -175,14 +175,16 @@ pub(super) fn tables_body(query: &[f32], tables: &mut [u8]) -> (f32, f32) {
 
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "compiled again under wider target features")]
-pub(super) fn ranks_body(of: Estimates<'_>, logit: Logit, out: &mut [f32; BLOCK]) {
-    for (p, out) in out.iter_mut().enumerate() {
+pub(super) fn ranks_body(of: Estimates<'_>, logit: Logit, out: &mut [f32]) {
+    let mut ranks = [0.0_f32; BLOCK];
+    for (p, rank) in ranks.iter_mut().enumerate() {
         // Bounds keep 0 * infinity and the difference of infinities away.
         let mean = of.products[p] as f32 * (of.scales[p] * of.query_scale).min(f32::MAX);
-        *out = mean + f32::from(of.levels[p]) * (of.steps[p] * of.unit).min(1e30);
+        *rank = mean + f32::from(of.levels[p]) * (of.steps[p] * of.unit).min(1e30);
     }
-    to_logits(out, logit);
-    for (x, ln_count) in out.iter_mut().zip(of.ln_counts) {
-        *x = if *ln_count >= 0.0 { *x } else { f32::NEG_INFINITY };
+    to_logits(&mut ranks, logit);
+    for (rank, ln_count) in ranks.iter_mut().zip(of.ln_counts) {
+        *rank = if *ln_count >= 0.0 { *rank } else { f32::NEG_INFINITY };
     }
+    out[..BLOCK].copy_from_slice(&ranks);
 }

@@ -6,8 +6,8 @@ use std::arch::x86_64::*;
 use super::scalar::{encode_body, ranks_body, tables_body, turn_body};
 use super::{Estimates, Kernels, Pages, Queries, STRIPE, TURNED};
 use crate::config::PAGE_TOKENS;
+use crate::simd::Logit;
 use crate::simd::code4::GROUP_CODES;
-use crate::simd::{BLOCK, Logit};
 
 pub(super) static AVX2: Kernels = Kernels { best: best_256, encode, turn, tables, ranks };
 pub(super) static AVX512: Kernels = Kernels { best: best_512, ..AVX2 };
@@ -43,9 +43,9 @@ fn tables(query: &[f32], tables: &mut [u8]) -> (f32, f32) {
     unsafe { wide(query, tables) }
 }
 
-fn ranks(estimates: Estimates<'_>, logit: Logit, out: &mut [f32; BLOCK]) {
+fn ranks(estimates: Estimates<'_>, logit: Logit, out: &mut [f32]) {
     #[target_feature(enable = "avx2")]
-    fn wide(estimates: Estimates<'_>, logit: Logit, out: &mut [f32; BLOCK]) {
+    fn wide(estimates: Estimates<'_>, logit: Logit, out: &mut [f32]) {
         ranks_body(estimates, logit, out);
     }
     // SAFETY: as above.
