@@ -232,11 +232,11 @@ def test_unread_pages_are_estimated_by_their_mean_values(n, softcap):
 
 
 def test_an_approximate_search_of_a_long_context_estimates_unread_pages_from_groups_too():
-    """70,000 keys, where groups of pages are left out of the scan; off by .03 of the largest mean (.006 measured)."""
-    keys, values, _, forest = averaging(1, 70_000)
+    """270,000 keys, where groups of pages are left out of the scan; off by .03 of the largest mean at most."""
+    keys, values, _, forest = averaging(1, 270_000)
     queries = some_queries(1, 1, 4)
     found = _core.search(_core.Pool(1), [forest], queries, 16, scaling=SCALING, estimate_unread=True)
-    assert found.visited[0, 0] < 3000, "all pages were scanned"
+    assert found.visited[0, 0] < 12_000, "all pages were scanned"
     expected, largest = the_average_of_unread_pages(keys, values, queries[0], forest, found)
     assert np.abs(found.unread[0] - expected).max() <= 0.03 * largest.max()
 
