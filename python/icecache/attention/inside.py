@@ -25,13 +25,6 @@ class Inside:
     valid: torch.Tensor | None = None
     special: torch.Tensor | None = None
 
-    def mask(self, n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
-        """Bool, broadcastable to (B, Q, C); made when asked for, because a long chunk is better off without it."""
-        if self.special is not None:
-            return self.special
-        seen = causal(n_queries, n_keys, device)
-        return seen if self.valid is None else seen & self.valid[:, None].to(device)
-
 
 def causal(n_queries: int, n_keys: int, device: torch.device) -> torch.Tensor:
     """Bool (1, Q, C): the queries are the last ones."""
