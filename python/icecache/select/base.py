@@ -128,9 +128,8 @@ class Services:
 
     def fetch(self, request: Request, selection: _core.Selection) -> Fetched:
         """Bring all pages of a selection to the device."""
-        width = selection.pages.shape[2]
         shape = (request.key_dim, request.value_dim, request.dtype, request.device)
-        return self.staging.fetch(self.pool, self.recorder, selection, 0, width, *shape, place=request.place)
+        return self.staging.fetch(self.pool, self.recorder, selection, *shape, place=request.place)
 
     def read(self, request: Request, selection: _core.Selection, *, everything: bool = False) -> Read:
         """Fetch a selection; ids and positions are copied out only when a trace is set."""

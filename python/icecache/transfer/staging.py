@@ -61,35 +61,30 @@ class Staging:
         pool: _core.Pool,
         recorder: Recorder,
         selection: _core.Selection,
-        first: int,
-        last: int,
         key_dim: int,
         value_dim: int,
         dtype: torch.dtype,
         device: torch.device,
         place: int = 0,
     ) -> Fetched:
-        """Copy pages ``first .. last`` of a selection to `device`. Blocks until the copies are done.
+        """Copy all pages of a selection to `device`. Blocks until the copies are done.
 
         Parameters
         ----------
         selection : Selection
             Pages (R, H, K).
-        first, last : int
-            Columns of the selection.
         place : int
             Whose keys and values of the layers that share the pages; 0 is the leader.
         """
-        counts = np.asarray(selection.counts)[:, :, first:last]  # a copy at each access
-        n_rows, n_heads, _ = counts.shape
-        shape = (n_rows, n_heads, last - first, PAGE_TOKENS)
+        counts = np.asarray(selection.counts)  # a copy at each access
+        shape = (*counts.shape, PAGE_TOKENS)
         pinned = device.type == "cuda"
         with recorder.part("transfer"):
             keys = self._buffer("keys", (*shape, key_dim), dtype, pinned)
             values = self._buffer("values", (*shape, value_dim), dtype, pinned)
             raw_keys, raw_values = as_bytes(keys), as_bytes(values)
             at = columns(place, raw_keys.shape[-1], raw_values.shape[-1])
-            recorder.bytes_to_device += selection.gather(pool, first, last, raw_keys, raw_values, *at)
+            recorder.bytes_to_device += selection.gather(pool, 0, counts.shape[2], raw_keys, raw_values, *at)
             keys, values = keys.flatten(2, 3).to(device), values.flatten(2, 3).to(device)
             n_pages = int(np.count_nonzero(counts))
             recorder.pages_read += n_pages
