@@ -4,6 +4,7 @@ from icecache.attention.attend import query_pieces as query_pieces
 from icecache.attention.decode import decode_attention as decode_attention
 from icecache.attention.device import DeviceStep as DeviceStep
 from icecache.attention.device import StepShape as StepShape
+from icecache.attention.device import shared_sizes as shared_sizes
 from icecache.attention.device_search import DeviceSearch as DeviceSearch
 from icecache.attention.inside import Inside as Inside
 from icecache.attention.inside import causal as causal

@@ -30,6 +30,11 @@ SLACK_COLUMNS = 96
 """Columns beyond what the near tokens need: gaps in the window are closed once in as many steps."""
 
 
+def shared_sizes(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Give `StepShape.shared` for groups of layers of these sizes."""
+    return () if set(sizes) == {1} else sizes
+
+
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """What a step is built for."""

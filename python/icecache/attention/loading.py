@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from icecache.attention.device import DeviceStep, StepShape
+from icecache.attention.device import DeviceStep, StepShape, shared_sizes
 from icecache.attention.finder import FinderShape, PageFinder
 
 
@@ -32,7 +32,7 @@ def load_step(shape: StepShape, finder: FinderShape | None, softcap: float | Non
         None: pages are chosen elsewhere.
     """
     sizes = tuple(sorted(2 * list(set(shape.group_sizes))))
-    shape = replace(shape, n_layers=sum(sizes), shared=() if set(sizes) == {1} else sizes, numbers=(), static=())
+    shape = replace(shape, n_layers=sum(sizes), shared=shared_sizes(sizes), numbers=(), static=())
     step = DeviceStep(shape, None)
     if finder is not None:
         step.finder = PageFinder(shape, finder)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from icecache import _core
-from icecache.attention import DeviceSearch, DeviceStep, EngineSearch, Loader, StepShape
+from icecache.attention import DeviceSearch, DeviceStep, EngineSearch, Loader, StepShape, shared_sizes
 from icecache.config import PAGE_TOKENS
 from icecache.errors import EngineError, IceCacheError, SearchMemoryError
 from icecache.hf.capture import Captured, capture, write_state
@@ -295,7 +295,7 @@ class GraphDecoder:
         known, services = layer.sequence.layers, self.engine.services
         groups = dict.fromkeys(x.members for i in sorted(known) if (x := known[i]()) is not None)
         sizes = tuple(len(members) for members in groups)
-        shape = self._shape(keys, values, layer.group, len(known), () if set(sizes) == {1} else sizes)
+        shape = self._shape(keys, values, layer.group, len(known), shared_sizes(sizes))
         needed = keys.shape[2] // PAGE_TOKENS
         load = functools.partial(self.search.load, shape, needed, services.n_pages, layer.softcap)
         self._loader.start((shape, needed.bit_length()), keys.device, load)
@@ -323,7 +323,8 @@ class GraphDecoder:
 
     def _step_of(self, request: Request) -> DeviceStep:
         near = request.pages[0].near
-        shape = self._shape(near.keys, near.values, request.group, len(request.pages), _shared(request.pages))
+        sizes = tuple(pages.shelf.n_places for pages in request.pages if pages.place == 0)
+        shape = self._shape(near.keys, near.values, request.group, len(request.pages), shared_sizes(sizes))
         if request.static:
             numbers = tuple(layer.layer_idx for layer in request.layers)
             shape = replace(shape, numbers=numbers, static=tuple(x.shape() for x in request.static))
@@ -331,12 +332,6 @@ class GraphDecoder:
         if step is None:
             step = self._steps[shape] = DeviceStep(shape, self.search.mailbox(shape))
         return step
-
-
-def _shared(pages: Sequence[LayerPages]) -> tuple[int, ...]:
-    """Layers of each group that shares pages; nothing if none do."""
-    sizes = tuple(p.shelf.n_places for p in pages if p.place == 0)
-    return () if len(sizes) == len(pages) else sizes
 
 
 def decoder_for(model: PreTrainedModel, engine: Engine) -> GraphDecoder | None:
